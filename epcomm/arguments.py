@@ -1,0 +1,330 @@
+"""Checks of what callers pass, before any peer is touched; the outcome is an engine's request."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from epcomm.arrays import BFLOAT16, DTYPES, ArrayView, Device
+from epcomm.engines.base import (
+    MAX_LOW_LATENCY_TOPK,
+    Allocate,
+    CombineRequest,
+    DispatchRequest,
+    Fp8Format,
+    LayoutViews,
+    LowLatencyShape,
+    TopK,
+)
+from epcomm.errors import InvalidArgument
+from epcomm.events import EventOverlap
+from epcomm.fp8 import BLOCK
+from epcomm.frameworks import Framework, framework_of
+from epcomm.handle import DispatchHandle
+
+#: Rows move in pieces of this many bytes.
+ROW_MULTIPLE = 16
+
+INDEX_DTYPES = (np.dtype(np.int64), np.dtype(np.int32))
+SCALE_DTYPES = (np.dtype(np.float32), np.dtype(np.int32))
+SUM_DTYPES = (BFLOAT16, np.dtype(np.float16), np.dtype(np.float32))
+FLOAT32 = (np.dtype(np.float32),)
+INT32 = (np.dtype(np.int32),)
+INT64 = (np.dtype(np.int64),)
+BOOL = (np.dtype(np.bool_),)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Buffer works.
+
+    Attributes:
+        device: Device of every array.
+        num_ranks: Ranks of the group.
+    """
+
+    device: Device
+    num_ranks: int
+
+
+def view_of(
+    array: Any,
+    name: str,
+    place: Place,
+    *,
+    shape: tuple[int | str, ...],
+    dtypes: Sequence[np.dtype[Any]],
+    is_strided: bool = False,
+    is_output: bool = False,
+) -> ArrayView:
+    """View an argument and hold it to the rules.
+
+    Args:
+        array: The caller's array.
+        name: The argument's name.
+        place: Where the Buffer works.
+        shape: For each dimension its extent, or a name for one that may be any.
+        dtypes: The dtypes that are taken.
+        is_strided: Whether the array may have gaps and any order.
+        is_output: Whether it is written.
+
+    Raises:
+        InvalidArgument: A rule is broken.
+    """
+    view = framework_of(array, name).view(array, name)
+    fits = len(view.shape) == len(shape) and all(
+        isinstance(rule, str) or have == rule for have, rule in zip(view.shape, shape, strict=True)
+    )
+    if not fits:
+        rule = ", ".join(map(str, shape))
+        raise InvalidArgument(f"{name} has shape {list(view.shape)}; it must be [{rule}].")
+    if view.dtype not in dtypes:
+        names = ", ".join(dtype.name for dtype in dtypes)
+        raise InvalidArgument(f"{name} is {view.dtype.name}; it must be one of: {names}.")
+    if view.device != place.device:
+        raise InvalidArgument(
+            f"{name} is on {view.device}, but this Buffer works on {place.device}; move the "
+            "array there, or choose the engine with Buffer(engine=...)."
+        )
+    if not is_strided and not view.is_contiguous:
+        raise InvalidArgument(
+            f"{name} has strides of {view.strides} bytes for shape {list(view.shape)}; it must be "
+            f"contiguous: pass {name}.contiguous() or numpy.ascontiguousarray({name})."
+        )
+    if is_output and view.is_readonly:
+        raise InvalidArgument(
+            f"{name} is read-only, and it is written; pass a writable array (JAX arrays never are)."
+        )
+    return view
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    """Return a whole number that is at least a bound, or raise InvalidArgument."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise InvalidArgument(
+            f"{name} is {value!r}; it must be a whole number of at least {least}."
+        )
+    return number
+
+
+def num_experts_of(value: Any, num_ranks: int) -> int:
+    """Return the number of experts, or raise InvalidArgument unless every rank gets as many."""
+    number = whole_number(value, "num_experts", 1)
+    if number % num_ranks:
+        raise InvalidArgument(
+            f"num_experts is {number}; it must be a multiple of the {num_ranks} ranks, so that "
+            "every rank holds as many."
+        )
+    return number
+
+
+def check_events(previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool) -> None:
+    """Hold a call's stream arguments to the contract."""
+    if previous_event is not None and not isinstance(previous_event, EventOverlap):
+        raise InvalidArgument(
+            f"previous_event is a {type(previous_event).__name__}; it must be an EventOverlap, "
+            "such as Buffer.capture() returns, or None."
+        )
+    if allocate_on_comm_stream and not (previous_event is not None and async_finish):
+        raise InvalidArgument(
+            "allocate_on_comm_stream=True needs previous_event= and async_finish=True as well: "
+            "without them nothing orders the caller's stream and the new memory."
+        )
+
+
+def check_row(view: ArrayView, name: str) -> None:
+    """Hold the size of a row to what can be moved."""
+    row_bytes = view.shape[1] * view.dtype.itemsize
+    if row_bytes == 0 or row_bytes % ROW_MULTIPLE:
+        raise InvalidArgument(
+            f"{name} has rows of {row_bytes} bytes ({view.shape[1]} {view.dtype.name}); a row must "
+            f"be a multiple of {ROW_MULTIPLE} bytes: pad the hidden size."
+        )
+
+
+def split_pair(x: Any) -> tuple[Any, Any]:
+    """Return data and scales of ``x``, scales None where it is one array."""
+    if not isinstance(x, tuple | list):
+        return x, None
+    if len(x) != 2:
+        raise InvalidArgument(f"x is a tuple of {len(x)}; it must be an array or (data, scales).")
+    return x[0], x[1]
+
+
+def view_rows(x: Any, place: Place) -> tuple[Framework, ArrayView, ArrayView | None]:
+    """View ``x`` of dispatch: an array, or data with scales."""
+    data, scales = split_pair(x)
+    framework = framework_of(data, "x")
+    if scales is None:
+        view = view_of(data, "x", place, shape=("num_tokens", "hidden"), dtypes=DTYPES)
+        check_row(view, "x")
+        return framework, view, None
+    one_byte = [dtype for dtype in DTYPES if dtype.itemsize == 1]
+    view = view_of(data, "x[0]", place, shape=("num_tokens", "hidden"), dtypes=one_byte)
+    check_row(view, "x[0]")
+    scales_view = view_of(
+        scales,
+        "x[1]",
+        place,
+        shape=(view.shape[0], "num_scales"),
+        dtypes=SCALE_DTYPES,
+        is_strided=True,
+    )
+    return framework, view, scales_view
+
+
+def view_layout(
+    per_rank: Any, per_expert: Any, in_rank: Any, num_tokens: int, place: Place
+) -> LayoutViews:
+    """View the layout arrays of dispatch."""
+    given = {
+        "num_tokens_per_rank": per_rank,
+        "num_tokens_per_expert": per_expert,
+        "is_token_in_rank": in_rank,
+    }
+    missing = [name for name, array in given.items() if array is None]
+    if missing:
+        raise InvalidArgument(
+            f"dispatch without a handle got no {', '.join(missing)}; pass what get_dispatch_layout "
+            "returns, or topk_idx, topk_weights and num_experts= alone."
+        )
+    experts = view_of(
+        per_expert, "num_tokens_per_expert", place, shape=("num_experts",), dtypes=INT32
+    )
+    num_experts_of(experts.shape[0], place.num_ranks)
+    return LayoutViews(
+        num_tokens_per_rank=view_of(
+            per_rank, "num_tokens_per_rank", place, shape=(place.num_ranks,), dtypes=INT32
+        ),
+        num_tokens_per_node=None,
+        num_tokens_per_expert=experts,
+        is_token_in_rank=view_of(
+            in_rank, "is_token_in_rank", place, shape=(num_tokens, place.num_ranks), dtypes=BOOL
+        ),
+    )
+
+
+def view_topk(topk_idx: Any, topk_weights: Any, num_tokens: int, place: Place) -> TopK | None:
+    """View the choices that travel with the rows."""
+    if (topk_idx is None) != (topk_weights is None):
+        lone, other = "topk_idx", "topk_weights"
+        if topk_idx is None:
+            lone, other = other, lone
+        raise InvalidArgument(f"{lone} was passed without {other}; pass both or neither.")
+    if topk_idx is None:
+        return None
+    idx = view_of(topk_idx, "topk_idx", place, shape=(num_tokens, "num_topk"), dtypes=INDEX_DTYPES)
+    weights = view_of(topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32)
+    return TopK(idx, weights)
+
+
+def check_handle(handle: Any, buffer_id: int) -> DispatchHandle:
+    """Return the handle if it is one of this Buffer's."""
+    if not isinstance(handle, DispatchHandle):
+        raise InvalidArgument(
+            f"handle is a {type(handle).__name__}; pass the handle that dispatch returned."
+        )
+    if handle.buffer_id != buffer_id:
+        raise InvalidArgument(
+            "handle comes from another Buffer; use the Buffer whose dispatch returned it."
+        )
+    return handle
+
+
+def repeated_dispatch(
+    rows: tuple[ArrayView, ArrayView | None], handle: DispatchHandle, allocate: Allocate
+) -> DispatchRequest:
+    """Return the request to send rows along an earlier dispatch's routes."""
+    data, scales = rows
+    if data.shape[0] != handle.num_tokens:
+        raise InvalidArgument(
+            f"x has {data.shape[0]} rows; the handle's dispatch had {handle.num_tokens}."
+        )
+    return DispatchRequest(
+        data=data,
+        scales=scales,
+        layout=None,
+        topk=None,
+        handle=handle,
+        expert_alignment=1,
+        num_worst_tokens=0,
+        allocate=allocate,
+    )
+
+
+def combine_request(
+    x: Any, handle: DispatchHandle, topk_weights: Any, bias: Any, place: Place, allocate: Allocate
+) -> CombineRequest:
+    """Check a combine."""
+    data = view_of(x, "x", place, shape=(handle.num_recv_rows, "hidden"), dtypes=SUM_DTYPES)
+    check_row(data, "x")
+    weights = None
+    if topk_weights is not None:
+        weights = view_of(
+            topk_weights,
+            "topk_weights",
+            place,
+            shape=(handle.num_recv_rows, "num_topk"),
+            dtypes=FLOAT32,
+        )
+    biases = bias if isinstance(bias, tuple | list) else () if bias is None else (bias,)
+    if len(biases) > 2:
+        raise InvalidArgument(f"bias is a tuple of {len(biases)}; pass none, one or two arrays.")
+    shape = (handle.num_tokens, data.shape[1])
+    views = tuple(
+        view_of(one, f"bias[{i}]", place, shape=shape, dtypes=(data.dtype,))
+        for i, one in enumerate(biases)
+    )
+    return CombineRequest(data, weights, views, handle, allocate)
+
+
+def low_latency_shape(
+    num_max_tokens: Any, hidden: int, num_experts: Any, num_ranks: int
+) -> LowLatencyShape:
+    """Check the fixed shape of low-latency calls."""
+    name = "num_max_dispatch_tokens_per_rank"
+    most = whole_number(num_max_tokens, name, 1)
+    return LowLatencyShape(
+        num_max_tokens=most,
+        hidden=whole_number(hidden, "hidden", 1),
+        num_experts=num_experts_of(num_experts, num_ranks),
+        num_ranks=num_ranks,
+    )
+
+
+def low_latency_topk(topk_idx: Any, num_tokens: int | str, place: Place) -> ArrayView:
+    """Check the choices of a low-latency call."""
+    idx = view_of(topk_idx, "topk_idx", place, shape=(num_tokens, "num_topk"), dtypes=INDEX_DTYPES)
+    if idx.shape[1] > MAX_LOW_LATENCY_TOPK:
+        raise InvalidArgument(
+            f"topk_idx has {idx.shape[1]} choices a token; low-latency calls take at most "
+            f"{MAX_LOW_LATENCY_TOPK}. Use dispatch and combine for more."
+        )
+    return idx
+
+
+def fp8_format(use_fp8: bool, round_scale: bool, use_ue8m0: bool, hidden: int) -> Fp8Format:
+    """Return what low-latency dispatch sends, or raise InvalidArgument."""
+    if use_ue8m0 and not round_scale:
+        raise InvalidArgument("use_ue8m0=True needs round_scale=True: UE8M0 holds powers of two.")
+    if not use_fp8:
+        if round_scale:
+            raise InvalidArgument("round_scale=True needs use_fp8=True: bf16 rows have no scales.")
+        return Fp8Format.NONE
+    multiple = BLOCK * 4 if use_ue8m0 else BLOCK
+    if hidden % multiple:
+        raise InvalidArgument(
+            f"x has hidden size {hidden}; with use_fp8{' and use_ue8m0' if use_ue8m0 else ''} it "
+            f"must be a multiple of {multiple}. Pad it, or pass use_fp8=False."
+        )
+    if use_ue8m0:
+        return Fp8Format.PACKED_UE8M0_SCALES
+    return Fp8Format.POWER_OF_TWO_SCALES if round_scale else Fp8Format.FLOAT_SCALES

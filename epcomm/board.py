@@ -1,0 +1,229 @@
+"""The board: a few cells a rank in shared memory, with which the host engine's ranks keep step.
+
+Each rank writes only its own row and reads all. A *round* is one collective call. A rank posts
+its header and then its ARRIVED cell; it posts STAGED when its staged rows may be read.
+
+Ordering: a header is written before the ARRIVED cell that announces it, rows before STAGED.
+Headers have two slots, used in turn: a rank that posts round n + 2 has seen all ranks arrive at
+round n + 1, and a rank arrives there only when done with the headers, and the staged rows, of
+round n. So neither is ever overwritten while it is read, with no second barrier.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from epcomm.arrays import DTYPES
+from epcomm.errors import CommTimeout, RankMismatch, TransportError
+from epcomm.group import Group
+from epcomm.slab import HostSlabs
+from epcomm.waiting import Deadline, wait_until
+
+Words = npt.NDArray[np.int64]
+
+ARRIVED, STAGED, LOW_LATENCY_SENT, FAILED = range(4)
+_NUM_CELLS = 8
+_NUM_SLOTS = 2
+#: Words of a header before the counts: the round, the call, and the values that must agree.
+_NUM_VALUES = 30
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective call that all ranks must make alike.
+
+    Attributes:
+        code: Number of the call, unique.
+        name: As users know it.
+        agreed: Names of the values that every rank must pass alike.
+        own: Names of further values that may differ, such as ``num_tokens``.
+    """
+
+    code: int
+    name: str
+    agreed: tuple[str, ...]
+    own: tuple[str, ...] = ()
+
+
+class Board:
+    """The cells of all ranks of a group. Collective.
+
+    Args:
+        group: Ranks of one host.
+        num_counts: Counts that a header has room for.
+        shm_dir: See `HostSlabs`.
+        timeout_s: Deadline of every wait, in seconds.
+    """
+
+    def __init__(
+        self, group: Group, num_counts: int, shm_dir: str | None, timeout_s: float
+    ) -> None:
+        self._group = group
+        self._timeout_s = timeout_s
+        self._num_words = 2 + _NUM_VALUES + num_counts
+        width = _NUM_CELLS + _NUM_SLOTS * self._num_words
+        sizes = [width * group.size * 8] + [0] * (group.size - 1)
+        self._slabs = HostSlabs(group, sizes, shm_dir, timeout_s)
+        rows = self._slabs.views[0].view(np.int64).reshape(group.size, width)
+        self._cells: Words = rows[:, :_NUM_CELLS]
+        self._headers: Words = rows[:, _NUM_CELLS:].reshape(group.size, _NUM_SLOTS, -1)
+        self._round = 0
+        self._fence = threading.Lock()
+        self.masked = np.zeros(group.size, bool)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._slabs.close()
+
+    def agree(
+        self,
+        call: Call,
+        values: Mapping[str, int],
+        counts: Words | None = None,
+        on_missing: Callable[[Sequence[int]], None] | None = None,
+    ) -> tuple[dict[str, Words], Words]:
+        """Begin a call: exchange headers and hold all ranks to the same arguments. Collective.
+
+        Args:
+            call: The call.
+            values: A number for each name in ``call.agreed`` and ``call.own``.
+            counts: ``[num_counts] int64`` more numbers for all to see, or None.
+            on_missing: Instead of failing, called with the ranks that did not come.
+
+        Returns:
+            Each value ``[num_ranks]`` by name, and the counts ``[num_ranks, num_counts]``. Copies.
+
+        Raises:
+            RankMismatch: Ranks differ; all raise the same, and the board can be used on.
+            CommTimeout: Ranks did not come; the board is unusable from then on.
+        """
+        self._round += 1
+        slot = self._round % _NUM_SLOTS
+        names = call.agreed + call.own
+        header = self._headers[self._group.rank, slot]
+        header[:2] = self._round, call.code
+        header[2 : 2 + len(names)] = [values[name] for name in names]
+        if counts is not None:
+            header[2 + _NUM_VALUES : 2 + _NUM_VALUES + len(counts)] = counts
+        self.post(ARRIVED, self._round)
+        self.wait(ARRIVED, self._round, f"{call.name}: arrival", on_missing)
+        headers = self._headers[:, slot].copy()
+        self._hold_to(call, headers)
+        by_name = {name: headers[:, 2 + i] for i, name in enumerate(names)}
+        return by_name, headers[:, 2 + _NUM_VALUES :]
+
+    def _hold_to(self, call: Call, headers: Words) -> None:
+        here = np.flatnonzero(~self.masked)
+        if (headers[here, 0] != self._round).any():
+            raise TransportError(
+                f"{call.name}: rank {self._group.rank} came so late that the others went on "
+                "without it. Destroy this Buffer on every rank and make a new one."
+            )
+        for column, name in enumerate(("call", *call.agreed), start=1):
+            seen = headers[here, column]
+            if (seen != seen[0]).any():
+                shown = ", ".join(
+                    f"rank {rank}: {_shown(name, value)}"
+                    for rank, value in zip(here[:16], seen, strict=False)
+                )
+                raise RankMismatch(
+                    f"{call.name}: ranks disagree on {name} ({shown}). Every rank must make the "
+                    f"same call with the same {name}. Nothing was sent."
+                )
+
+    def post(self, cell: int, value: int) -> None:
+        """Write one of this rank's cells, after all that this rank wrote before."""
+        # NOTE: Python has no fence of its own. Two lock round trips order earlier stores before
+        # the next one on weakly ordered CPUs as well (release, then acquire of the same lock).
+        for _ in range(2):
+            with self._fence:
+                pass
+        self._cells[self._group.rank, cell] = value
+
+    def post_staged(self) -> None:
+        """Tell all that this rank's staged rows of this round may be read."""
+        self.post(STAGED, self._round)
+
+    def wait_staged(self, phase: str) -> None:
+        """Wait until every rank has staged its rows of this round."""
+        self.wait(STAGED, self._round, phase)
+
+    def wait(
+        self,
+        cell: int,
+        value: int,
+        phase: str,
+        on_missing: Callable[[Sequence[int]], None] | None = None,
+        waited_us: Words | None = None,
+    ) -> None:
+        """Wait until every rank that is not masked has posted at least a value.
+
+        Args:
+            cell: Which cell.
+            value: What to wait for.
+            phase: What is waited for, named in the error.
+            on_missing: Called with the missing ranks in place of failing.
+            waited_us: ``[num_ranks] int64``; the microseconds waited for each are added; or None.
+
+        Raises:
+            CommTimeout: Ranks are missing, or a peer gave up; all later waits fail as well.
+        """
+        column = self._cells[:, cell]
+        failed = self._cells[:, FAILED]
+        began = time.perf_counter()
+        seen = np.zeros(self._group.size, bool)
+
+        def is_ready() -> bool:
+            self._group.check()
+            if failed.any():
+                self._raise_failed(phase)
+            here = (column >= value) | self.masked
+            if waited_us is not None:
+                waited_us[here & ~seen] += round((time.perf_counter() - began) * 1e6)
+                seen[:] = here
+            return bool(here.all())
+
+        if wait_until(is_ready, Deadline(self._timeout_s)):
+            return
+        missing = [int(rank) for rank in np.flatnonzero((column < value) & ~self.masked)]
+        if on_missing is not None:
+            on_missing(missing)
+            return
+        # Peers that wait, and those that come later, read this and fail too.
+        self.post(FAILED, missing[0] + 1)
+        raise CommTimeout(phase, self._group.rank, missing, self._timeout_s)
+
+    def _raise_failed(self, phase: str) -> None:
+        who = int(np.flatnonzero(self._cells[:, FAILED])[0])
+        missed = int(self._cells[who, FAILED]) - 1
+        if who == self._group.rank:
+            raise TransportError(
+                f"{phase}: an earlier call on this Buffer timed out waiting for rank {missed}. "
+                "Destroy this Buffer on every rank and make a new one."
+            )
+        detail = f"rank {who} gave up waiting for rank {missed}, so this rank ends too"
+        raise CommTimeout(phase, self._group.rank, [missed], self._timeout_s, detail)
+
+
+CALLS: dict[int, Call] = {}
+
+
+def define_call(name: str, agreed: tuple[str, ...], own: tuple[str, ...] = ()) -> Call:
+    """Make a `Call` with a code of its own; while modules load, so alike on every rank."""
+    call = Call(len(CALLS) + 1, name, agreed, own)
+    CALLS[call.code] = call
+    return call
+
+
+def _shown(name: str, value: int) -> str:
+    if name == "call" and value in CALLS:
+        return CALLS[value].name
+    if name.endswith("dtype") and 0 <= value < len(DTYPES):
+        return DTYPES[value].name
+    return str(value)

@@ -1,0 +1,772 @@
+"""The Buffer: the public object. It checks arguments and asks an engine; it touches no pointer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from epcomm import arguments, env, topology
+from epcomm.arguments import FLOAT32, INT32, INT64, Place, view_of
+from epcomm.arrays import BFLOAT16, CPU, ArrayView, view_numpy
+from epcomm.config import Config, check_num_sms
+from epcomm.engines.base import (
+    Allocate,
+    CombinePrecision,
+    DispatchRequest,
+    Engine,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    LowLatencyShape,
+)
+from epcomm.engines.host import HostEngine
+from epcomm.engines.host_low_latency import region_bytes
+from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
+from epcomm.events import EventHandle, EventOverlap
+from epcomm.frameworks import Framework, framework_of, framework_of_dtype
+from epcomm.group import Group, as_group
+from epcomm.handle import DispatchHandle
+
+Hook = Callable[[], None]
+
+_buffer_ids = itertools.count(1)
+
+
+class Buffer:
+    """Moves tokens to the ranks of their experts, and experts' results back.
+
+    All arrays of a call are of one device; what comes out is of the framework of ``x``. Transfers,
+    construction and `destroy` are collective: every rank of the group calls them, in one order.
+
+    Args:
+        group: The ranks: an mpi4py communicator, a torch.distributed ProcessGroup, or a group from
+            `run_threads`.
+        num_nvl_bytes: Bytes a rank to reserve for dispatch and combine, see
+            `Config.get_nvl_buffer_size_hint`; 0 reserves at the first calls. Grows when too small.
+        num_rdma_bytes: The same for low-latency calls, see `get_low_latency_rdma_size_hint`.
+        low_latency_mode: Kept as an attribute; low-latency calls work either way.
+        num_qps_per_rank: Not used.
+        allow_nvlink_for_low_latency_mode: Not used.
+        allow_mnnvl: Not used.
+        use_fabric: Not used.
+        explicitly_destroy: Kept as an attribute; `destroy` may be called either way.
+        enable_shrink: Let low-latency calls go on without ranks that do not answer in time.
+        comm: An mpi4py communicator, in place of ``group``.
+        engine: ``"auto"``, ``"host"`` or ``"cuda"``; None takes EPCOMM_ENGINE.
+        timeout_s: Deadline of every wait, in seconds; None takes EPCOMM_TIMEOUT_S.
+
+    Attributes:
+        rank: This rank.
+        group_size: Number of ranks.
+        group: What was passed as group or comm.
+        id: Number of this Buffer in this process; its handles carry it.
+
+    Raises:
+        InvalidArgument: An argument is wrong.
+        RankMismatch: Ranks passed different values.
+        UnsupportedConfig: The engine cannot serve this group.
+        TransportError: Memory could not be shared.
+    """
+
+    #: Multiprocessors of a GPU that calls without a config may use.
+    num_sms: ClassVar[int] = 20
+
+    def __init__(
+        self,
+        group: Any = None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        use_fabric: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+        *,
+        engine: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._engine: Engine | None = None
+        if (group is None) == (comm is None):
+            raise InvalidArgument(
+                "Buffer needs a group or a comm, and not both; pass an mpi4py communicator, a "
+                "torch.distributed ProcessGroup, or the group that run_threads gives."
+            )
+        self.group = comm if group is None else group
+        self.num_nvl_bytes = arguments.whole_number(num_nvl_bytes, "num_nvl_bytes", 0)
+        self.num_rdma_bytes = arguments.whole_number(num_rdma_bytes, "num_rdma_bytes", 0)
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        settings = env.settings()
+        self.timeout_s = settings.timeout_s if timeout_s is None else timeout_s
+        if not 0 < self.timeout_s < float("inf"):
+            raise InvalidArgument(f"timeout_s is {timeout_s}; it must be a number of seconds > 0.")
+        wanted_engine = _choose_engine(engine or settings.engine)
+        ranks = as_group(self.group)
+        self.rank = ranks.rank
+        self.group_size = ranks.size
+        self.id = next(_buffer_ids)
+        _agree_on_setup(
+            ranks,
+            {
+                "num_nvl_bytes": self.num_nvl_bytes,
+                "num_rdma_bytes": self.num_rdma_bytes,
+                "enable_shrink": enable_shrink,
+                "engine": wanted_engine,
+                "EPCOMM_SHM_DIR": settings.shm_dir,
+            },
+            self.timeout_s,
+        )
+        self._topology = topology.discover(ranks, settings)
+        self._place = Place(CPU, ranks.size)
+        self._engine = HostEngine(
+            ranks,
+            self._topology,
+            num_bytes=self.num_nvl_bytes,
+            num_low_latency_bytes=self.num_rdma_bytes,
+            shm_dir=settings.shm_dir,
+            timeout_s=self.timeout_s,
+            can_mask=enable_shrink,
+            buffer_id=self.id,
+        )
+
+    def __repr__(self) -> str:
+        if self._engine is None:
+            return f"<epcomm.Buffer rank {self.rank} of {self.group_size}, destroyed>"
+        slab = self._engine.slab_bytes() / 2**20
+        return (
+            f"<epcomm.Buffer rank {self.rank} of {self.group_size}, {self._engine.name} engine, "
+            f"slab {slab:.1f} MiB>"
+        )
+
+    def destroy(self) -> None:
+        """Let go of all shared memory. Every rank calls it; calling it again does nothing."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @property
+    def is_destroyed(self) -> bool:
+        """Whether `destroy` was called."""
+        return self._engine is None
+
+    def _open(self) -> Engine:
+        if self._engine is None:
+            raise ClosedError(f"{self!r}: this call came after destroy(); make a new Buffer.")
+        return self._engine
+
+    # --- settings ------------------------------------------------------------------------------
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set the multiprocessors that calls without a config may use: even, at least 2."""
+        check_num_sms(new_num_sms)
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """Return the recommended config of dispatch for a number of ranks."""
+        arguments.whole_number(num_ranks, "num_ranks", 1)
+        return Config(Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """Return the recommended config of combine for a number of ranks."""
+        return Buffer.get_dispatch_config(num_ranks)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Return the bytes a rank with which low-latency calls of this shape never have to grow.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: Most tokens that a rank passes in one call.
+            hidden: Elements of a row.
+            num_ranks: Ranks of the group.
+            num_experts: Experts over all ranks.
+        """
+        arguments.whole_number(num_ranks, "num_ranks", 1)
+        return region_bytes(
+            arguments.low_latency_shape(
+                num_max_dispatch_tokens_per_rank, hidden, num_experts, num_ranks
+            )
+        )
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Return whether kernels for Hopper GPUs are in use; the host engine has no kernels."""
+        return False
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """Return an event recorded now on the caller's current stream."""
+        return EventOverlap(EventHandle())
+
+    def get_comm_stream(self) -> Any:
+        """Return the communication stream; None on the host engine, which has no streams."""
+        self._open()
+        return None
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: Any,
+        size: Any = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> Any:
+        """Return this rank's own slab as an array. No copy; valid until the slab grows.
+
+        Args:
+            dtype: A NumPy or torch dtype; decides the framework of what is returned.
+            size: Shape, or None for all there is, in one dimension.
+            offset: Bytes to skip, a multiple of the dtype's size.
+            use_rdma_buffer: Take the memory of low-latency calls.
+        """
+        memory = self._open().local_memory(use_rdma_buffer)
+        framework, numpy_dtype = framework_of_dtype(dtype)
+        skip = arguments.whole_number(offset, "offset", 0)
+        itemsize = numpy_dtype.itemsize
+        shape = ((memory.num_bytes - skip) // itemsize,) if size is None else tuple(size)
+        needed = skip + int(np.prod(shape)) * itemsize
+        if skip % itemsize or needed > memory.num_bytes or min(shape, default=0) < 0:
+            raise InvalidArgument(
+                f"size {list(shape)} of {numpy_dtype.name} from byte {skip} needs {needed} bytes, "
+                f"aligned to {itemsize}; the slab has {memory.num_bytes}. Ask for less, or pass "
+                "a larger num_nvl_bytes or num_rdma_bytes to the Buffer."
+            )
+        end = skip + int(np.prod(shape)) * itemsize
+        part = memory.numpy()[skip:end].view(numpy_dtype).reshape(shape)
+        return framework.finish(view_numpy(part))
+
+    # --- layout, dispatch and combine ----------------------------------------------------------
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Any,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, Any, Any, Any, EventOverlap]:
+        """Count where this rank's tokens go. Not collective.
+
+        Args:
+            topk_idx: ``[num_tokens, num_topk]`` int64 or int32 expert ids, -1 for no choice.
+            num_experts: Experts over all ranks, a multiple of the number of ranks.
+            previous_event: Event to wait for in place of the current stream.
+            async_finish: Whether the caller waits through the returned event.
+            allocate_on_comm_stream: Whether outputs belong to the communication stream.
+
+        Returns:
+            ``num_tokens_per_rank [num_ranks] int32``; ``num_tokens_per_rdma_rank [num_nodes]
+            int32``, None inside one node; ``num_tokens_per_expert [num_experts] int32``;
+            ``is_token_in_rank [num_tokens, num_ranks] bool``; the event.
+        """
+        engine = self._open()
+        arguments.check_events(previous_event, async_finish, allocate_on_comm_stream)
+        experts = arguments.num_experts_of(num_experts, self.group_size)
+        idx = view_of(
+            topk_idx,
+            "topk_idx",
+            self._place,
+            shape=("num_tokens", "num_topk"),
+            dtypes=arguments.INDEX_DTYPES,
+        )
+        framework = framework_of(topk_idx, "topk_idx")
+        layout = engine.make_layout(idx, experts, self._allocate(framework))
+        per_node = layout.num_tokens_per_node
+        return (
+            framework.finish(layout.num_tokens_per_rank),
+            None if per_node is None else framework.finish(per_node),
+            framework.finish(layout.num_tokens_per_expert),
+            framework.finish(layout.is_token_in_rank),
+            _event(async_finish, topk_idx),
+        )
+
+    def dispatch(
+        self,
+        x: Any,
+        handle: DispatchHandle | None = None,
+        num_tokens_per_rank: Any = None,
+        num_tokens_per_rdma_rank: Any = None,
+        is_token_in_rank: Any = None,
+        num_tokens_per_expert: Any = None,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        num_experts: int | None = None,
+    ) -> tuple[Any, Any, Any, list[int] | None, DispatchHandle | None, EventOverlap]:
+        """Move every token's row to each rank that holds one of its experts. Collective.
+
+        Rows arrive by source rank ascending, then source token ascending, bitwise the same in
+        every run. M is the number of rows that arrive here.
+
+        Args:
+            x: ``[num_tokens, hidden]`` of any dtype, a row being a multiple of 16 bytes; or a pair
+                of such data of one byte an element and ``[num_tokens, num_scales]`` f32 or i32.
+            handle: An earlier dispatch whose routes are taken again; then no layout and no choices.
+            num_tokens_per_rank: From `get_dispatch_layout`, as the three that follow.
+            num_tokens_per_rdma_rank: Not used inside one node.
+            is_token_in_rank: See above.
+            num_tokens_per_expert: See above.
+            topk_idx: ``[num_tokens, num_topk]`` choices that travel along, with their weights.
+            topk_weights: ``[num_tokens, num_topk] f32``.
+            expert_alignment: The returned counts are rounded up to it.
+            num_worst_tokens: If above 0, exactly so many rows come out, and the host learns no
+                count. More arrivals than that are an error on every rank.
+            config: Tuning numbers; None takes the recommended ones.
+            previous_event: Event to wait for in place of the current stream.
+            async_finish: Whether the caller waits through the returned event.
+            allocate_on_comm_stream: Whether outputs belong to the communication stream.
+            num_experts: In place of the layout arrays, with topk_idx: the layout is made here.
+
+        Returns:
+            ``recv_x`` of the form of x, ``[M, hidden]`` (and scales ``[M, num_scales]``);
+            ``recv_topk_idx [M, num_topk]`` local expert ids, -1 where the expert is elsewhere;
+            ``recv_topk_weights [M, num_topk] f32``, 0.0 there; tokens for each local expert as a
+            list; the handle; the event. With a handle the middle four are None.
+
+        Raises:
+            InvalidArgument: An argument is wrong; nothing was sent.
+            RankMismatch: Ranks disagree; nothing was sent.
+            CommTimeout: A rank did not take part in time.
+        """
+        engine = self._open()
+        arguments.check_events(previous_event, async_finish, allocate_on_comm_stream)
+        _check_config(config)
+        framework, data, scales = arguments.view_rows(x, self._place)
+        allocate = self._allocate(framework)
+        if handle is not None:
+            if topk_idx is not None or topk_weights is not None:
+                raise InvalidArgument(
+                    "topk_idx and topk_weights were passed with a handle; the handle already "
+                    "holds the routes: pass one or the other."
+                )
+            known = arguments.check_handle(handle, self.id)
+            request = arguments.repeated_dispatch((data, scales), known, allocate)
+        else:
+            topk = arguments.view_topk(topk_idx, topk_weights, data.shape[0], self._place)
+            layout = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
+            if num_experts is not None:
+                layout = self._layout_of(topk_idx, num_experts, layout)
+            request = DispatchRequest(
+                data=data,
+                scales=scales,
+                layout=arguments.view_layout(*layout, data.shape[0], self._place),
+                topk=topk,
+                handle=None,
+                expert_alignment=arguments.whole_number(expert_alignment, "expert_alignment", 1),
+                num_worst_tokens=arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0),
+                allocate=allocate,
+            )
+        result = engine.dispatch(request)
+        event = _event(async_finish, x)
+        recv_x = _finish(framework, result.data, result.scales)
+        if handle is not None:
+            return recv_x, None, None, None, None, event
+        idx = weights = None
+        if result.topk is not None:
+            idx, weights = map(framework.finish, (result.topk.idx, result.topk.weights))
+        return recv_x, idx, weights, result.num_recv_tokens_per_expert, result.handle, event
+
+    def _layout_of(
+        self, topk_idx: Any, num_experts: int, layout: tuple[Any, Any, Any]
+    ) -> tuple[Any, Any, Any]:
+        if topk_idx is None or any(array is not None for array in layout):
+            raise InvalidArgument(
+                "num_experts= stands for the layout arrays: pass it with topk_idx and without "
+                "num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank."
+            )
+        per_rank, _, per_expert, in_rank, _ = self.get_dispatch_layout(topk_idx, num_experts)
+        return per_rank, per_expert, in_rank
+
+    def combine(
+        self,
+        x: Any,
+        handle: DispatchHandle,
+        topk_weights: Any = None,
+        bias: Any = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, Any, EventOverlap]:
+        """Bring rows back to their tokens' ranks and sum them. Collective.
+
+        The sum is plain, in fp32, rank ascending from the bias, and rounded once. A token that
+        went nowhere gives the bias, or zeros.
+
+        Args:
+            x: ``[M, hidden]`` bf16, f16 or f32, the rows in the order of dispatch.
+            handle: From the dispatch that is undone.
+            topk_weights: ``[M, num_topk] f32``, summed elementwise alongside.
+            bias: None, or one or two ``[num_tokens, hidden]`` of the dtype of x.
+            config: Tuning numbers; None takes the recommended ones.
+            previous_event: Event to wait for in place of the current stream.
+            async_finish: Whether the caller waits through the returned event.
+            allocate_on_comm_stream: Whether outputs belong to the communication stream.
+
+        Returns:
+            ``combined_x [num_tokens, hidden]``; ``combined_topk_weights [num_tokens, num_topk]``
+            or None; the event.
+
+        Raises:
+            InvalidArgument: An argument is wrong; nothing was sent.
+            RankMismatch: Ranks disagree; nothing was sent.
+            CommTimeout: A rank did not take part in time.
+        """
+        engine = self._open()
+        arguments.check_events(previous_event, async_finish, allocate_on_comm_stream)
+        _check_config(config)
+        known = arguments.check_handle(handle, self.id)
+        framework = framework_of(x, "x")
+        request = arguments.combine_request(
+            x, known, topk_weights, bias, self._place, self._allocate(framework)
+        )
+        result = engine.combine(request)
+        weights = result.topk_weights
+        return (
+            framework.finish(result.data),
+            None if weights is None else framework.finish(weights),
+            _event(async_finish, (x, topk_weights, bias)),
+        )
+
+    # --- low latency ---------------------------------------------------------------------------
+
+    def low_latency_dispatch(
+        self,
+        x: Any,
+        topk_idx: Any,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Any = None,
+        dispatch_wait_recv_cost_stats: Any = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[Any, Any, tuple[Any, Any, int, int, int], EventOverlap, Hook | None]:
+        """Send each token to its experts, with fixed output shapes. Collective.
+
+        L is the number of local experts. An expert's rows lie by source rank, then token.
+
+        Args:
+            x: ``[num_tokens, hidden] bf16``, at most num_max_dispatch_tokens_per_rank tokens.
+            topk_idx: ``[num_tokens, num_topk]`` int64 or int32, at most 32 choices, all different,
+                -1 for no choice.
+            num_max_dispatch_tokens_per_rank: The same on every rank.
+            num_experts: Experts over all ranks, a multiple of the number of ranks.
+            cumulative_local_expert_recv_stats: ``[L] int32``; received rows are added.
+            dispatch_wait_recv_cost_stats: ``[num_ranks] int64``; microseconds waited are added.
+            use_fp8: Send e4m3 with one scale a block of 128; hidden a multiple of 128.
+            round_scale: Round the scales up to powers of two.
+            use_ue8m0: Pack the exponents of four such scales into an int32.
+            async_finish: Whether the caller waits through the returned event.
+            return_recv_hook: Only send now; rows are received when the hook is called.
+
+        Returns:
+            ``recv_x [L, num_ranks * max, hidden] bf16``, or such e4m3 and scales ``[L, num_ranks *
+            max, hidden / 128] f32`` (``hidden / 512`` int32), rows innermost in memory;
+            ``recv_count [L] int32``; the handle; the event; the hook or None.
+
+        Raises:
+            InvalidArgument: An argument is wrong, or two earlier hooks were not called yet.
+            RankMismatch: Ranks disagree; nothing was sent.
+            CommTimeout: A rank did not take part in time.
+        """
+        engine = self._open()
+        place = self._place
+        framework = framework_of(x, "x")
+        _check_hook(framework, async_finish, return_recv_hook)
+        data = view_of(x, "x", place, shape=("num_tokens", "hidden"), dtypes=(BFLOAT16,))
+        arguments.check_row(data, "x")
+        num_tokens, hidden = data.shape
+        shape = arguments.low_latency_shape(
+            num_max_dispatch_tokens_per_rank, hidden, num_experts, self.group_size
+        )
+        if num_tokens > shape.num_max_tokens:
+            raise InvalidArgument(
+                f"x has {num_tokens} tokens; num_max_dispatch_tokens_per_rank is "
+                f"{shape.num_max_tokens}. Pass at least as many, the same on every rank."
+            )
+        request = LowLatencyDispatchRequest(
+            data=data,
+            topk_idx=arguments.low_latency_topk(topk_idx, num_tokens, place),
+            shape=shape,
+            fp8=arguments.fp8_format(use_fp8, round_scale, use_ue8m0, hidden),
+            recv_stats=_optional_stats(
+                cumulative_local_expert_recv_stats,
+                "cumulative_local_expert_recv_stats",
+                place,
+                shape.num_local_experts,
+                INT32,
+            ),
+            wait_stats=_optional_stats(
+                dispatch_wait_recv_cost_stats,
+                "dispatch_wait_recv_cost_stats",
+                place,
+                self.group_size,
+                INT64,
+            ),
+            allocate=self._allocate(framework),
+        )
+        result = engine.low_latency_dispatch(request)
+        if not return_recv_hook:
+            result.receive()
+        scales = None if result.scales is None else _rows_innermost(result.scales)
+        handle = (
+            framework.finish(result.src_info),
+            framework.finish(result.layout_range),
+            shape.num_max_tokens,
+            hidden,
+            shape.num_experts,
+        )
+        return (
+            _finish(framework, result.data, scales),
+            framework.finish(result.recv_count),
+            handle,
+            _event(async_finish, (x, topk_idx)),
+            result.receive if return_recv_hook else None,
+        )
+
+    def low_latency_combine(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        handle: tuple[Any, Any, int, int, int],
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Any = None,
+        combine_wait_recv_cost_stats: Any = None,
+        *,
+        combine_precision: str = "rank",
+    ) -> tuple[Any, EventOverlap, Hook | None]:
+        """Bring experts' rows back and sum them, weighted. Collective.
+
+        Args:
+            x: ``[L, num_ranks * max, hidden] bf16``, laid out as low_latency_dispatch gave it.
+            topk_idx: The choices that were dispatched.
+            topk_weights: ``[num_tokens, num_topk] f32``.
+            handle: From low_latency_dispatch.
+            use_logfmt: Accepted; rows cross as bf16, which is more exact.
+            zero_copy: x is the array of `get_next_low_latency_combine_buffer`, already in place.
+            async_finish: Whether the caller waits through the returned event.
+            return_recv_hook: Only send now; sums are made when the hook is called.
+            out: ``[num_tokens, hidden] bf16`` to write, or None for a new array.
+            combine_wait_recv_cost_stats: ``[num_ranks] int64``; microseconds waited are added.
+            combine_precision: ``"rank"``: a rank's experts are summed and rounded to bf16 before
+                they cross; ``"expert"``: every expert's row counts as it is.
+
+        Returns:
+            ``combined_x [num_tokens, hidden] bf16``; the event; the hook or None.
+
+        Raises:
+            InvalidArgument: An argument is wrong, or two earlier hooks were not called yet.
+            RankMismatch: Ranks disagree; nothing was sent.
+            CommTimeout: A rank did not take part in time.
+        """
+        engine = self._open()
+        place = self._place
+        framework = framework_of(x, "x")
+        _check_hook(framework, async_finish, return_recv_hook)
+        layout_range, shape = self._open_handle(handle)
+        sizes = (shape.num_local_experts, shape.num_recv_rows, shape.hidden)
+        data = view_of(x, "x", place, shape=sizes, dtypes=(BFLOAT16,))
+        idx = arguments.low_latency_topk(topk_idx, "num_tokens", place)
+        num_tokens = idx.shape[0]
+        if out is None:
+            out_view = framework.empty((num_tokens, shape.hidden), BFLOAT16, place.device)
+        else:
+            out_shape = (num_tokens, shape.hidden)
+            out_view = view_of(
+                out, "out", place, shape=out_shape, dtypes=(BFLOAT16,), is_output=True
+            )
+        request = LowLatencyCombineRequest(
+            data=data,
+            topk_idx=idx,
+            topk_weights=view_of(
+                topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32
+            ),
+            layout_range=layout_range,
+            shape=shape,
+            precision=_precision(combine_precision),
+            is_zero_copy=zero_copy,
+            wait_stats=_optional_stats(
+                combine_wait_recv_cost_stats,
+                "combine_wait_recv_cost_stats",
+                place,
+                self.group_size,
+                INT64,
+            ),
+            out=out_view,
+        )
+        receive = engine.low_latency_combine(request)
+        if not return_recv_hook:
+            receive()
+        event = _event(async_finish, (x, topk_idx, topk_weights))
+        combined = framework.finish(out_view) if out is None else out
+        return combined, event, receive if return_recv_hook else None
+
+    def get_next_low_latency_combine_buffer(self, handle: tuple[Any, Any, int, int, int]) -> Any:
+        """Return the slab memory that the next low_latency_combine sends from with zero_copy=True.
+
+        Args:
+            handle: From low_latency_dispatch; its arrays decide the framework.
+
+        Returns:
+            ``[L, num_ranks * max, hidden] bf16``, valid for one combine.
+        """
+        engine = self._open()
+        _, shape = self._open_handle(handle)
+        framework = framework_of(handle[0], "handle[0]")
+        if not framework.is_mutable:
+            raise UnsupportedConfig(
+                f"{framework.name} arrays cannot be written in place, so they cannot be filled; "
+                "call low_latency_combine with zero_copy=False."
+            )
+        return framework.finish(engine.next_combine_buffer(shape))
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Check the shape; there is nothing to clean, because no state is left between calls."""
+        self._open()
+        arguments.low_latency_shape(
+            num_max_dispatch_tokens_per_rank, hidden, num_experts, self.group_size
+        )
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Mask a rank, or unmask it: low-latency calls go on without a masked rank."""
+        engine = self._open_mask()
+        rank = arguments.whole_number(rank_to_mask, "rank", 0)
+        if rank >= self.group_size:
+            raise InvalidArgument(f"rank is {rank}; it must be below {self.group_size}.")
+        engine.set_masked(rank, bool(mask))
+
+    def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
+        """Write which ranks are masked: ``mask_status [num_ranks] int32``, 1 for a masked rank."""
+        engine = self._open_mask()
+        status = _optional_stats(mask_status, "mask_status", self._place, self.group_size, INT32)
+        if status is None:
+            raise InvalidArgument("mask_status is None; pass a [num_ranks] int32 array to write.")
+        status.numpy()[...] = engine.masked_ranks()
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Unmask every rank."""
+        engine = self._open_mask()
+        for rank in range(self.group_size):
+            engine.set_masked(rank, False)
+
+    def _open_mask(self) -> Engine:
+        engine = self._open()
+        if not self.enable_shrink:
+            raise InvalidArgument("this Buffer masks no ranks; pass enable_shrink=True to it.")
+        return engine
+
+    def _open_handle(self, handle: Any) -> tuple[ArrayView, LowLatencyShape]:
+        if not isinstance(handle, tuple | list) or len(handle) != 5:
+            raise InvalidArgument("handle must be the tuple that low_latency_dispatch returned.")
+        _, layout_range, num_max_tokens, hidden, num_experts = handle
+        shape = arguments.low_latency_shape(num_max_tokens, hidden, num_experts, self.group_size)
+        view = view_of(
+            layout_range,
+            "handle[1]",
+            self._place,
+            shape=(shape.num_local_experts, self.group_size),
+            dtypes=INT64,
+        )
+        return view, shape
+
+    def _allocate(self, framework: Framework) -> Allocate:
+        device = self._place.device
+        return lambda shape, dtype: framework.empty(shape, dtype, device)
+
+
+def _choose_engine(wanted: str) -> str:
+    if wanted not in env.ENGINES:
+        raise InvalidArgument(f"engine is {wanted!r}; it must be one of {', '.join(env.ENGINES)}.")
+    if wanted == "cuda":
+        raise UnsupportedConfig(
+            "engine='cuda' is not part of this version; use engine='host' with CPU arrays."
+        )
+    return "host"
+
+
+def _agree_on_setup(group: Group, mine: dict[str, Any], timeout_s: float) -> None:
+    """Hold all ranks to the same construction arguments. Collective."""
+    said = group.allgather(mine, timeout_s=timeout_s, phase="making a Buffer")
+    for name in mine:
+        values = [other.get(name) for other in said]
+        if any(value != values[0] for value in values):
+            shown = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values[:16]))
+            raise RankMismatch(
+                f"Buffer: ranks disagree on {name} ({shown}). Every rank must pass the same."
+            )
+
+
+def _check_config(config: Any) -> None:
+    if config is not None and not isinstance(config, Config):
+        raise InvalidArgument(
+            f"config is a {type(config).__name__}; pass an epcomm.Config or None."
+        )
+
+
+def _check_hook(framework: Framework, async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise InvalidArgument("async_finish and return_recv_hook exclude each other; pass one.")
+    if return_recv_hook and not framework.is_mutable:
+        raise UnsupportedConfig(
+            f"{framework.name} arrays cannot be filled after they are returned; call without "
+            "return_recv_hook."
+        )
+
+
+def _precision(name: str) -> CombinePrecision:
+    try:
+        return CombinePrecision[name.upper()]
+    except (KeyError, AttributeError):
+        raise InvalidArgument(
+            f"combine_precision is {name!r}; it must be 'rank' or 'expert'."
+        ) from None
+
+
+def _optional_stats(
+    array: Any, name: str, place: Place, size: int, dtypes: tuple[np.dtype[Any], ...]
+) -> ArrayView | None:
+    if array is None:
+        return None
+    return view_of(array, name, place, shape=(size,), dtypes=dtypes, is_output=True)
+
+
+def _event(async_finish: bool, keep: Any) -> EventOverlap:
+    return EventOverlap(EventHandle(), (keep,)) if async_finish else EventOverlap()
+
+
+def _finish(framework: Framework, data: ArrayView, scales: ArrayView | None) -> Any:
+    if scales is None:
+        return framework.finish(data)
+    return framework.finish(data), framework.finish(scales)
+
+
+def _rows_innermost(view: ArrayView) -> ArrayView:
+    """View ``[a, b, c]`` as ``[a, c, b]``."""
+    swapped_shape = (view.shape[0], view.shape[2], view.shape[1])
+    swapped_strides = (view.strides[0], view.strides[2], view.strides[1])
+    return replace(view, shape=swapped_shape, strides=swapped_strides)

@@ -1,0 +1,38 @@
+"""``python -m epcomm info | demo``: what was found on this machine, and the main job on it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from epcomm import __version__
+from epcomm.cli import demo, info
+from epcomm.cli.launch import run_on_ranks
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after ``python -m epcomm``; None takes the process's.
+
+    Returns:
+        The exit code: 0, or above where something failed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m epcomm", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"epcomm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("info", help="print what was found, and how to get what is missing")
+    info.add_arguments(add)
+    add = commands.add_parser("demo", help="train a small mixture-of-experts language model")
+    demo.add_arguments(add)
+    add.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="run N ranks as threads of this process (default: the ranks mpiexec started, or 4)",
+    )
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        return info.run(args)
+    return max(run_on_ranks(lambda group: demo.run(args, group), args.threads))

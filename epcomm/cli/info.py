@@ -1,0 +1,137 @@
+"""``python -m epcomm info``: what was found on this machine, and how to get what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from epcomm import __version__, env, topology
+from epcomm.cli.launch import launched_group
+
+#: Import name, the distributions that bring it, and the extra that installs it.
+_FRAMEWORKS = (
+    ("torch", ("torch",), "torch"),
+    ("jax", ("jax",), "jax"),
+    ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda12"),
+    ("matplotlib", ("matplotlib",), "plot"),
+)
+
+Line = tuple[str, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments: it has none."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report, on rank 0 only; collective where mpiexec started ranks."""
+    group = launched_group()
+    ranks = list(_describe_ranks(group))
+    if group is not None and group.rank > 0:
+        return 0
+    sections: list[tuple[str, list[Line]]] = [
+        ("epcomm", [("version", __version__), ("python", sys.version.split()[0])]),
+        ("ranks", ranks),
+        ("MPI", list(_describe_mpi())),
+        ("GPUs", list(_describe_gpus())),
+        ("frameworks", list(_describe_frameworks())),
+        ("memory", list(_describe_memory())),
+        ("environment", list(_describe_environment())),
+    ]
+    for title, lines in sections:
+        print(title)
+        for name, text in lines:
+            print(f"  {name:<22} {text}")
+    return 0
+
+
+def _describe_ranks(group: object) -> Iterator[Line]:
+    from epcomm.group import Group
+
+    if not isinstance(group, Group):
+        yield "ranks", "1: not started by mpiexec (mpiexec -n 4 python -m mpi4py -m epcomm info)"
+        return
+    nodes = topology.discover(group, env.settings())
+    yield "ranks", str(group.size)
+    yield "nodes", f"{nodes.num_nodes} (node of each rank: {list(nodes.node_of_rank)})"
+
+
+def _describe_mpi() -> Iterator[Line]:
+    yield "mpi4py", _version_of(("mpi4py",)) or "missing: pip install mpi4py"
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    yield "mpiexec", found or "missing: pip install 'epcomm[mpich]'"
+    try:
+        from mpi4py import MPI
+
+        library = MPI.Get_library_version().splitlines()[0].strip().rstrip("\0")
+        yield "library", library
+    except (ImportError, RuntimeError) as error:
+        yield "library", f"missing ({error}): pip install 'epcomm[mpich]'"
+
+
+def _describe_gpus() -> Iterator[Line]:
+    if not any(Path("/proc/driver/nvidia").glob("version")) and not shutil.which("nvidia-smi"):
+        yield "driver", "none found: epcomm works on CPU arrays here (host engine)"
+        return
+    if importlib.util.find_spec("cupy") is None:
+        yield "CuPy", "missing: pip install 'epcomm[cuda12]' or 'epcomm[cuda13]'"
+        return
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    count = runtime.getDeviceCount()
+    version = runtime.driverGetVersion()
+    yield "driver", f"CUDA {version // 1000}.{version % 1000 // 10}"
+    for index in range(count):
+        properties = runtime.getDeviceProperties(index)
+        peers = [
+            peer
+            for peer in range(count)
+            if peer != index and runtime.deviceCanAccessPeer(index, peer)
+        ]
+        yield (
+            f"GPU {index}",
+            f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}, "
+            f"{properties['totalGlobalMem'] / 2**30:.0f} GiB, peer access to {peers or 'none'}",
+        )
+
+
+def _describe_frameworks() -> Iterator[Line]:
+    yield "numpy", _version_of(("numpy",)) or "missing"
+    for name, distributions, extra in _FRAMEWORKS:
+        yield name, _version_of(distributions) or f"not installed: pip install 'epcomm[{extra}]'"
+
+
+def _describe_memory() -> Iterator[Line]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        yield "free host memory", f"{free / 2**20:.1f} GiB"
+    except (OSError, StopIteration):
+        yield "free host memory", "unknown"
+    yield "processors", f"{len(os.sched_getaffinity(0))} ({platform.machine()})"
+    where = env.settings().shm_dir
+    yield "host slabs", f"files in {where}" if where else "memory without a name (memfd)"
+
+
+def _describe_environment() -> Iterator[Line]:
+    for name, default, meaning in env.VARIABLES:
+        value = os.environ.get(name)
+        yield name, f"{value if value is not None else f'not set ({default})'}: {meaning}"
+
+
+def _version_of(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None

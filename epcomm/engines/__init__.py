@@ -1,0 +1,1 @@
+"""Engines move rows; each fulfils `epcomm.engines.base.Engine`."""

@@ -1,0 +1,277 @@
+"""What the Buffer asks of an engine. Engines see views and plain numbers, never a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+
+from epcomm.arrays import ArrayView
+from epcomm.handle import DispatchHandle
+
+#: Makes memory for an output in the caller's framework: (shape, dtype) -> writable view.
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], ArrayView]
+
+
+#: Most choices a token may have in a low-latency call.
+MAX_LOW_LATENCY_TOPK = 32
+
+
+@dataclass(frozen=True)
+class LayoutViews:
+    """The layout of one rank's tokens, as `Buffer.get_dispatch_layout` gives it.
+
+    Attributes:
+        num_tokens_per_rank: ``[num_ranks] int32``.
+        num_tokens_per_node: ``[num_nodes] int32``, or None inside one node.
+        num_tokens_per_expert: ``[num_experts] int32``.
+        is_token_in_rank: ``[num_tokens, num_ranks] bool``.
+    """
+
+    num_tokens_per_rank: ArrayView
+    num_tokens_per_node: ArrayView | None
+    num_tokens_per_expert: ArrayView
+    is_token_in_rank: ArrayView
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Top-k choices and their weights: ``[num_tokens, num_topk]`` int32 or int64, and f32."""
+
+    idx: ArrayView
+    weights: ArrayView
+
+
+@dataclass(frozen=True)
+class DispatchRequest:
+    """A checked dispatch.
+
+    Attributes:
+        data: ``[num_tokens, hidden]`` rows, contiguous.
+        scales: ``[num_tokens, num_scales]`` f32 or i32 of any strides, or None.
+        layout: The layout; None where ``handle`` gives it.
+        topk: Choices that travel with the rows, or None.
+        handle: An earlier dispatch to repeat, or None.
+        expert_alignment: Expert counts are rounded up to it.
+        num_worst_tokens: Rows of the output, or 0 for as many as arrive.
+        allocate: Makes the outputs.
+    """
+
+    data: ArrayView
+    scales: ArrayView | None
+    layout: LayoutViews | None
+    topk: TopK | None
+    handle: DispatchHandle | None
+    expert_alignment: int
+    num_worst_tokens: int
+    allocate: Allocate
+
+
+@dataclass(frozen=True)
+class DispatchResult:
+    """What a dispatch gives.
+
+    Attributes:
+        data: ``[num_recv_rows, hidden]``.
+        scales: ``[num_recv_rows, num_scales]``, or None.
+        topk: Local expert ids and weights of the received rows, or None.
+        num_recv_tokens_per_expert: Pairs a local expert; empty with ``num_worst_tokens``.
+        handle: The record for combine.
+    """
+
+    data: ArrayView
+    scales: ArrayView | None
+    topk: TopK | None
+    num_recv_tokens_per_expert: list[int]
+    handle: DispatchHandle
+
+
+@dataclass(frozen=True)
+class CombineRequest:
+    """A checked combine.
+
+    Attributes:
+        data: ``[num_recv_rows, hidden]`` bf16, f16 or f32, contiguous.
+        topk_weights: ``[num_recv_rows, num_topk] f32`` to sum alongside, or None.
+        biases: Up to two ``[num_tokens, hidden]`` of the rows' dtype.
+        handle: The dispatch that is undone.
+        allocate: Makes the outputs.
+    """
+
+    data: ArrayView
+    topk_weights: ArrayView | None
+    biases: tuple[ArrayView, ...]
+    handle: DispatchHandle
+    allocate: Allocate
+
+
+@dataclass(frozen=True)
+class CombineResult:
+    """``[num_tokens, hidden]`` sums, and ``[num_tokens, num_topk] f32`` sums of weights or None."""
+
+    data: ArrayView
+    topk_weights: ArrayView | None
+
+
+class Fp8Format(Enum):
+    """What low-latency dispatch sends: bf16 rows, or fp8 rows with one of three kinds of scale."""
+
+    NONE = 0
+    FLOAT_SCALES = 1
+    POWER_OF_TWO_SCALES = 2
+    PACKED_UE8M0_SCALES = 3
+
+
+class CombinePrecision(Enum):
+    """What low-latency combine sends for each token.
+
+    RANK: one row a rank, its experts' weighted sum rounded to bf16.
+    EXPERT: one row an expert, unweighted; the origin does all arithmetic in fp32.
+    """
+
+    RANK = 0
+    EXPERT = 1
+
+
+@dataclass(frozen=True)
+class LowLatencyShape:
+    """The fixed shape of a low-latency call, equal on all ranks."""
+
+    num_max_tokens: int
+    hidden: int
+    num_experts: int
+    num_ranks: int
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of one rank."""
+        return self.num_experts // self.num_ranks
+
+    @property
+    def num_recv_rows(self) -> int:
+        """Rows that each local expert has room for."""
+        return self.num_ranks * self.num_max_tokens
+
+
+@dataclass(frozen=True)
+class LowLatencyDispatchRequest:
+    """A checked low-latency dispatch.
+
+    Attributes:
+        data: ``[num_tokens, hidden] bf16``.
+        topk_idx: ``[num_tokens, num_topk]`` int32 or int64.
+        shape: The call's fixed shape.
+        fp8: What is sent.
+        recv_stats: ``[num_local_experts] int32``, received rows are added; or None.
+        wait_stats: ``[num_ranks] int64``, microseconds waited are added; or None.
+        allocate: Makes the outputs.
+    """
+
+    data: ArrayView
+    topk_idx: ArrayView
+    shape: LowLatencyShape
+    fp8: Fp8Format
+    recv_stats: ArrayView | None
+    wait_stats: ArrayView | None
+    allocate: Allocate
+
+
+@dataclass(frozen=True)
+class LowLatencyDispatchResult:
+    """What a low-latency dispatch gives; filled once ``receive`` has run.
+
+    Attributes:
+        data: ``[num_local_experts, num_recv_rows, hidden]`` bf16 or fp8.
+        scales: Stored ``[num_local_experts, num_scales, num_recv_rows]``, or None.
+        recv_count: ``[num_local_experts] int32``.
+        src_info: ``[num_local_experts, num_recv_rows] int32`` source token, -1 past the count.
+        layout_range: ``[num_local_experts, num_ranks] int64`` begin << 32 | count.
+        receive: Waits for the rows; must be called exactly once.
+    """
+
+    data: ArrayView
+    scales: ArrayView | None
+    recv_count: ArrayView
+    src_info: ArrayView
+    layout_range: ArrayView
+    receive: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class LowLatencyCombineRequest:
+    """A checked low-latency combine.
+
+    Attributes:
+        data: ``[num_local_experts, num_recv_rows, hidden] bf16``.
+        topk_idx: ``[num_tokens, num_topk]``.
+        topk_weights: ``[num_tokens, num_topk] f32``.
+        layout_range: From the dispatch.
+        shape: The call's fixed shape.
+        precision: What is sent.
+        is_zero_copy: Whether ``data`` is the engine's own next combine buffer.
+        wait_stats: As in dispatch.
+        out: ``[num_tokens, hidden] bf16`` to write.
+    """
+
+    data: ArrayView
+    topk_idx: ArrayView
+    topk_weights: ArrayView
+    layout_range: ArrayView
+    shape: LowLatencyShape
+    precision: CombinePrecision
+    is_zero_copy: bool
+    wait_stats: ArrayView | None
+    out: ArrayView
+
+
+class Engine(Protocol):
+    """Moves rows between the ranks of one node. All transfers are collective."""
+
+    name: str
+
+    def slab_bytes(self) -> int:
+        """Return the bytes of shared memory that this rank holds."""
+        ...
+
+    def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
+        """Count where this rank's tokens go. Not collective."""
+        ...
+
+    def dispatch(self, request: DispatchRequest) -> DispatchResult:
+        """Move every row to the ranks that hold its experts."""
+        ...
+
+    def combine(self, request: CombineRequest) -> CombineResult:
+        """Bring rows back and sum them."""
+        ...
+
+    def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
+        """Send rows; the result's ``receive`` gathers them by local expert."""
+        ...
+
+    def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
+        """Send experts' rows; the returned function waits and sums into ``request.out``."""
+        ...
+
+    def next_combine_buffer(self, shape: LowLatencyShape) -> ArrayView:
+        """Return the slab memory that the next low-latency combine sends from."""
+        ...
+
+    def local_memory(self, is_low_latency: bool) -> ArrayView:
+        """Return this rank's own slab, ``[num_bytes] uint8``."""
+        ...
+
+    def masked_ranks(self) -> list[bool]:
+        """Return, by rank, whether low-latency calls go on without it."""
+        ...
+
+    def set_masked(self, rank: int, is_masked: bool) -> None:
+        """Mask or unmask a rank."""
+        ...
+
+    def close(self) -> None:
+        """Let go of all memory. Not collective; may be called twice."""
+        ...

@@ -1,0 +1,491 @@
+"""The host engine: ranks of one host move rows through shared memory with NumPy.
+
+Every rank stages its rows in its own slab, and every receiver gathers from there straight to the
+rows' final positions: one stage copy and one memcpy a row. Also the oracle of the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epcomm import routing
+from epcomm.arrays import DTYPES, ArrayView, view_numpy
+from epcomm.board import Board, define_call
+from epcomm.engines.base import (
+    Allocate,
+    CombineRequest,
+    CombineResult,
+    DispatchRequest,
+    DispatchResult,
+    LayoutViews,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchResult,
+    LowLatencyShape,
+    TopK,
+)
+from epcomm.engines.host_low_latency import HostLowLatency
+from epcomm.engines.sections import Sections, as_rows, gather_rows
+from epcomm.errors import InvalidArgument, UnsupportedConfig
+from epcomm.group import Group
+from epcomm.handle import DispatchHandle
+from epcomm.slab import HostSlabs
+from epcomm.topology import Topology
+
+_AGREED_ROWS = ("hidden", "dtype", "num_scales", "scales_dtype")
+_AGREED_TOPK = ("num_topk", "topk_dtype", "num_experts", "expert_alignment")
+_OWN = ("num_tokens", "num_worst_tokens")
+_DISPATCH = define_call("dispatch", _AGREED_ROWS + _AGREED_TOPK, _OWN)
+_DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *_AGREED_ROWS))
+_COMBINE = define_call("combine", ("handle", "hidden", "dtype", "num_topk"))
+
+#: Bytes of fp32 sums that combine keeps in cache at a time.
+_CHUNK_BYTES = 1 << 18
+_NO_DTYPE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class _Routing:
+    """A handle's record.
+
+    Attributes:
+        counts: ``[num_ranks, num_ranks]`` rows from source to receiver.
+        source_tokens: For each source rank, the tokens it sends here, ascending.
+        slots: ``[num_ranks, num_tokens]`` row of each of this rank's tokens on each rank; where
+            the token does not go, the row after that rank's last.
+        num_staged: Tokens of each rank.
+    """
+
+    counts: routing.Ints
+    source_tokens: tuple[routing.Ints, ...]
+    slots: routing.Ints
+    num_staged: routing.Ints
+
+
+class HostEngine:
+    """See `epcomm.engines.base.Engine`. Construction is collective.
+
+    Args:
+        group: The ranks, all on one host.
+        topology: Their nodes.
+        num_bytes: Bytes to reserve for throughput calls; grows when a call needs more.
+        num_low_latency_bytes: The same for low-latency calls.
+        shm_dir: See `HostSlabs`.
+        timeout_s: Deadline of every wait, in seconds.
+        can_mask: Whether low-latency calls mask ranks that do not answer.
+        buffer_id: Marks the handles of this engine's Buffer.
+    """
+
+    name = "host"
+
+    def __init__(
+        self,
+        group: Group,
+        topology: Topology,
+        num_bytes: int,
+        num_low_latency_bytes: int,
+        shm_dir: str | None,
+        timeout_s: float,
+        can_mask: bool,
+        buffer_id: int,
+    ) -> None:
+        if topology.num_nodes > 1:
+            raise UnsupportedConfig(
+                f"the group spans {topology.num_nodes} nodes {topology.node_of_rank}, and the host "
+                "engine moves rows inside one. Use one Buffer a node, on the group that "
+                "topology.split_by_node gives, or unset EPCOMM_RANKS_PER_NODE."
+            )
+        self._group = group
+        self._topology = topology
+        self._shm_dir = shm_dir
+        self._timeout_s = timeout_s
+        self._buffer_id = buffer_id
+        self._num_dispatches = 0
+        self._scratch: dict[str, npt.NDArray[Any]] = {}
+        self._board = Board(group, group.size, shm_dir, timeout_s)
+        self._slabs = HostSlabs(group, [num_bytes] * group.size, shm_dir, timeout_s)
+        self._low_latency = HostLowLatency(
+            group, self._board, num_low_latency_bytes, shm_dir, timeout_s, can_mask
+        )
+
+    def slab_bytes(self) -> int:
+        """See `Engine.slab_bytes`."""
+        return self._slabs.num_bytes[self._group.rank] + self._low_latency.slab_bytes()
+
+    def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
+        """See `Engine.make_layout`."""
+        idx = topk_idx.numpy()
+        _check_expert_ids(idx, num_experts)
+        made = routing.make_layout(idx, num_experts, self._topology.node_of_rank)
+
+        def give(array: npt.NDArray[Any]) -> ArrayView:
+            view = allocate(array.shape, array.dtype)
+            view.numpy()[...] = array
+            return view
+
+        per_node = give(made.num_tokens_per_node) if self._topology.num_nodes > 1 else None
+        return LayoutViews(
+            num_tokens_per_rank=give(made.num_tokens_per_rank),
+            num_tokens_per_node=per_node,
+            num_tokens_per_expert=give(made.num_tokens_per_expert),
+            is_token_in_rank=give(made.is_token_in_rank),
+        )
+
+    # --- dispatch ------------------------------------------------------------------------------
+
+    def dispatch(self, request: DispatchRequest) -> DispatchResult:
+        """See `Engine.dispatch`."""
+        if request.handle is not None:
+            return self._dispatch_again(request, request.handle)
+        layout = request.layout
+        assert layout is not None  # the Buffer gives one of the two
+        mask = layout.is_token_in_rank.numpy()
+        per_rank = layout.num_tokens_per_rank.numpy()
+        per_expert = layout.num_tokens_per_expert.numpy()
+        _check_layout(mask, per_rank, per_expert, request.topk)
+        topk = request.topk
+        values = {
+            **_row_values(request),
+            "num_topk": topk.idx.shape[1] if topk else 0,
+            "topk_dtype": DTYPES.index(topk.idx.dtype) if topk else _NO_DTYPE,
+            "num_experts": len(per_expert),
+            "expert_alignment": request.expert_alignment,
+            "num_tokens": len(mask),
+            "num_worst_tokens": request.num_worst_tokens,
+        }
+        said, counts = self._board.agree(_DISPATCH, values, per_rank.astype(np.int64))
+        _check_worst_tokens(counts.sum(axis=0), said["num_worst_tokens"])
+        staged = self._stage_dispatch(request, said["num_tokens"], mask, per_expert)
+        me = self._group.rank
+        source_tokens = tuple(
+            np.flatnonzero(sections.view(slab, "mask")[me])
+            for sections, slab in zip(staged, self._slabs.views, strict=True)
+        )
+        record = self._make_routing(counts, source_tokens, mask, said["num_tokens"])
+        num_recv_tokens = int(counts[:, me].sum())
+        self._num_dispatches += 1
+        handle = DispatchHandle(
+            buffer_id=self._buffer_id,
+            serial=self._num_dispatches,
+            num_tokens=len(mask),
+            num_recv_rows=request.num_worst_tokens or num_recv_tokens,
+            num_recv_tokens=num_recv_tokens,
+            routing=record,
+        )
+        data, scales = self._gather(request, handle, staged)
+        return DispatchResult(
+            data=data,
+            scales=scales,
+            topk=self._gather_topk(request, handle, staged, len(per_expert)),
+            num_recv_tokens_per_expert=[]
+            if request.num_worst_tokens
+            else self._count_experts(staged, len(per_expert), request.expert_alignment),
+            handle=handle,
+        )
+
+    def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
+        values = {**_row_values(request), "handle": handle.serial}
+        self._board.agree(_DISPATCH_AGAIN, values)
+        staged = self._stage_dispatch(request, handle.routing.num_staged, None, None)
+        data, scales = self._gather(request, handle, staged)
+        return DispatchResult(data, scales, None, [], handle)
+
+    def _stage_dispatch(
+        self,
+        request: DispatchRequest,
+        num_tokens: routing.Ints,
+        mask: routing.Bools | None,
+        per_expert: npt.NDArray[np.int32] | None,
+    ) -> list[Sections]:
+        """Copy all that travels into this rank's slab; return where it lies on every rank."""
+        parts: dict[str, npt.NDArray[Any]] = {"data": request.data.numpy()}
+        if request.scales is not None:
+            parts["scales"] = request.scales.numpy()
+        if request.topk is not None:
+            parts["topk_idx"] = request.topk.idx.numpy()
+            parts["topk_weights"] = request.topk.weights.numpy()
+        staged = []
+        for count in num_tokens.tolist():
+            spec = {name: ((count, *part.shape[1:]), part.dtype) for name, part in parts.items()}
+            if mask is not None and per_expert is not None:
+                spec["mask"] = ((self._group.size, count), mask.dtype)
+                spec["per_expert"] = (per_expert.shape, per_expert.dtype)
+            staged.append(Sections(spec))
+        if mask is not None and per_expert is not None:
+            parts |= {"mask": mask.T, "per_expert": per_expert}
+        self._grow([sections.end for sections in staged])
+        me = self._group.rank
+        for name, part in parts.items():
+            np.copyto(staged[me].view(self._slabs.views[me], name), part)
+        self._board.post_staged()
+        self._board.wait_staged("dispatch: staged rows")
+        return staged
+
+    def _make_routing(
+        self,
+        counts: routing.Ints,
+        source_tokens: tuple[routing.Ints, ...],
+        mask: routing.Bools,
+        num_staged: routing.Ints,
+    ) -> _Routing:
+        first = routing.first_positions(counts)[self._group.rank]
+        positions = routing.final_positions(mask, first).T
+        spare_row = counts.sum(axis=0)[:, None]
+        slots = np.ascontiguousarray(np.where(positions < 0, spare_row, positions))
+        return _Routing(counts, source_tokens, slots, num_staged)
+
+    def _gather(
+        self, request: DispatchRequest, handle: DispatchHandle, staged: Sequence[Sections]
+    ) -> tuple[ArrayView, ArrayView | None]:
+        num_rows = handle.num_recv_rows
+        data = request.allocate((num_rows, request.data.shape[1]), request.data.dtype)
+        self._gather_part("data", data.numpy(), handle, staged)
+        if request.scales is None:
+            return data, None
+        scales = request.allocate((num_rows, request.scales.shape[1]), request.scales.dtype)
+        self._gather_part("scales", scales.numpy(), handle, staged)
+        return data, scales
+
+    def _gather_part(
+        self,
+        name: str,
+        out: npt.NDArray[Any],
+        handle: DispatchHandle,
+        staged: Sequence[Sections],
+    ) -> None:
+        """Gather one staged array's rows from all sources to their final positions."""
+        out_rows = as_rows(out)
+        begin = 0
+        sources = zip(staged, self._slabs.views, handle.routing.source_tokens, strict=True)
+        for sections, slab, tokens in sources:
+            end = begin + len(tokens)
+            gather_rows(as_rows(sections.view(slab, name)), tokens, out_rows[begin:end])
+            begin = end
+
+    def _gather_topk(
+        self,
+        request: DispatchRequest,
+        handle: DispatchHandle,
+        staged: Sequence[Sections],
+        num_experts: int,
+    ) -> TopK | None:
+        if request.topk is None:
+            return None
+        shape = (handle.num_recv_rows, request.topk.idx.shape[1])
+        idx_view = request.allocate(shape, request.topk.idx.dtype)
+        weights_view = request.allocate(shape, request.topk.weights.dtype)
+        idx, weights = idx_view.numpy(), weights_view.numpy()
+        self._gather_part("topk_idx", idx, handle, staged)
+        self._gather_part("topk_weights", weights, handle, staged)
+        arrived = handle.num_recv_tokens
+        idx[arrived:] = -1
+        num_local = num_experts // self._group.size
+        local = idx[:arrived]
+        local -= self._group.rank * num_local
+        elsewhere = (local < 0) | (local >= num_local)
+        local[elsewhere] = -1
+        weights[:arrived][elsewhere] = 0.0
+        return TopK(idx_view, weights_view)
+
+    def _count_experts(
+        self, staged: Sequence[Sections], num_experts: int, alignment: int
+    ) -> list[int]:
+        num_local = num_experts // self._group.size
+        begin = self._group.rank * num_local
+        total = sum(
+            sections.view(slab, "per_expert")[begin : begin + num_local].astype(np.int64)
+            for sections, slab in zip(staged, self._slabs.views, strict=True)
+        )
+        assert isinstance(total, np.ndarray)
+        return [routing.round_up(count, alignment) for count in total.tolist()]
+
+    # --- combine -------------------------------------------------------------------------------
+
+    def combine(self, request: CombineRequest) -> CombineResult:
+        """See `Engine.combine`."""
+        record: _Routing = request.handle.routing
+        data = request.data.numpy()
+        weights = None if request.topk_weights is None else request.topk_weights.numpy()
+        values = {
+            "handle": request.handle.serial,
+            "hidden": data.shape[1],
+            "dtype": DTYPES.index(data.dtype),
+            "num_topk": _NO_DTYPE if weights is None else weights.shape[1],
+        }
+        self._board.agree(_COMBINE, values)
+        num_arrived = record.counts.sum(axis=0)
+        staged = self._stage_combine(data, weights, num_arrived)
+        num_tokens = request.handle.num_tokens
+        out = request.allocate((num_tokens, data.shape[1]), data.dtype)
+        biases = [bias.numpy() for bias in request.biases]
+        self._sum("data", staged, record.slots, biases, out.numpy())
+        if weights is None:
+            return CombineResult(out, None)
+        out_weights = request.allocate((num_tokens, weights.shape[1]), weights.dtype)
+        self._sum("weights", staged, record.slots, [], out_weights.numpy())
+        return CombineResult(out, out_weights)
+
+    def _stage_combine(
+        self,
+        data: npt.NDArray[Any],
+        weights: npt.NDArray[Any] | None,
+        num_arrived: routing.Ints,
+    ) -> list[Sections]:
+        """Copy this rank's rows into its slab, and after the last a spare row of minus zeros."""
+        parts = {"data": data} if weights is None else {"data": data, "weights": weights}
+        staged = [
+            Sections(
+                {name: ((count + 1, part.shape[1]), part.dtype) for name, part in parts.items()}
+            )
+            for count in num_arrived.tolist()
+        ]
+        self._grow([sections.end for sections in staged])
+        me = self._group.rank
+        arrived = int(num_arrived[me])
+        for name, part in parts.items():
+            rows = staged[me].view(self._slabs.views[me], name)
+            np.copyto(rows[:arrived], part[:arrived])
+            # NOTE: x + -0.0 is x for every x, 0.0 and -0.0 included; 0.0 would not do.
+            rows[arrived] = -0.0
+        self._board.post_staged()
+        self._board.wait_staged("combine: staged rows")
+        return staged
+
+    def _sum(
+        self,
+        name: str,
+        staged: Sequence[Sections],
+        slots: routing.Ints,
+        biases: Sequence[npt.NDArray[Any]],
+        out: npt.NDArray[Any],
+    ) -> None:
+        """Sum the ranks' rows of each token in fp32, rank ascending from the biases; round once."""
+        sources = [
+            sections.view(slab, name)
+            for sections, slab in zip(staged, self._slabs.views, strict=True)
+        ]
+        num_tokens, width = out.shape
+        chunk = max(1, _CHUNK_BYTES // (4 * width))
+        sums = self._take_scratch("sums", (chunk, width), np.dtype(np.float32))
+        rows = self._take_scratch("rows", (chunk, width), out.dtype)
+        for begin in range(0, num_tokens, chunk):
+            end = min(begin + chunk, num_tokens)
+            total, part = sums[: end - begin], rows[: end - begin]
+            total[...] = 0.0
+            for i, bias in enumerate(biases):
+                # The first bias is the start itself: 0.0 + -0.0 would lose its sign.
+                np.copyto(total, bias[begin:end]) if i == 0 else np.add(
+                    total, bias[begin:end], out=total
+                )
+            for source, slot in zip(sources, slots, strict=True):
+                gather_rows(as_rows(source), slot[begin:end], as_rows(part))
+                np.add(total, part, out=total)
+            out[begin:end] = total
+
+    def _take_scratch(
+        self, name: str, shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> npt.NDArray[Any]:
+        """Return memory that is reused from call to call."""
+        num_bytes = shape[0] * shape[1] * dtype.itemsize
+        if name not in self._scratch or self._scratch[name].size < num_bytes:
+            self._scratch[name] = np.empty(num_bytes, np.uint8)
+        return self._scratch[name][:num_bytes].view(dtype).reshape(shape)
+
+    # --- slabs ---------------------------------------------------------------------------------
+
+    def _grow(self, needed: Sequence[int]) -> None:
+        """Make every rank's slab large enough. Collective where it grows: all see all needs."""
+        have = self._slabs.num_bytes
+        if all(need <= size for need, size in zip(needed, have, strict=True)):
+            return
+        sizes = [
+            max(size, routing.round_up(need, 1 << 20))
+            for need, size in zip(needed, have, strict=True)
+        ]
+        self._slabs = HostSlabs(self._group, sizes, self._shm_dir, self._timeout_s)
+
+    def local_memory(self, is_low_latency: bool) -> ArrayView:
+        """See `Engine.local_memory`."""
+        if is_low_latency:
+            return self._low_latency.local_memory()
+        return view_numpy(self._slabs.views[self._group.rank])
+
+    # --- low latency ---------------------------------------------------------------------------
+
+    def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
+        """See `Engine.low_latency_dispatch`."""
+        return self._low_latency.dispatch(request)
+
+    def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
+        """See `Engine.low_latency_combine`."""
+        return self._low_latency.combine(request)
+
+    def next_combine_buffer(self, shape: LowLatencyShape) -> ArrayView:
+        """See `Engine.next_combine_buffer`."""
+        return self._low_latency.next_combine_buffer(shape)
+
+    def masked_ranks(self) -> list[bool]:
+        """See `Engine.masked_ranks`."""
+        return [bool(masked) for masked in self._board.masked]
+
+    def set_masked(self, rank: int, is_masked: bool) -> None:
+        """See `Engine.set_masked`."""
+        self._board.masked[rank] = is_masked
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._board.close()
+        self._slabs.close()
+        self._low_latency.close()
+        self._scratch.clear()
+
+
+def _row_values(request: DispatchRequest) -> dict[str, int]:
+    scales = request.scales
+    return {
+        "hidden": request.data.shape[1],
+        "dtype": DTYPES.index(request.data.dtype),
+        "num_scales": scales.shape[1] if scales else 0,
+        "scales_dtype": DTYPES.index(scales.dtype) if scales else _NO_DTYPE,
+    }
+
+
+def _check_expert_ids(idx: npt.NDArray[Any], num_experts: int) -> None:
+    if idx.size and (idx.min() < -1 or idx.max() >= num_experts):
+        raise InvalidArgument(
+            f"topk_idx holds values from {idx.min()} to {idx.max()}; they must be expert ids from "
+            f"0 to {num_experts - 1}, or -1 for no choice."
+        )
+
+
+def _check_layout(
+    mask: routing.Bools,
+    per_rank: npt.NDArray[np.int32],
+    per_expert: npt.NDArray[np.int32],
+    topk: TopK | None,
+) -> None:
+    true_counts = mask.sum(axis=0)
+    if (true_counts != per_rank).any():
+        raise InvalidArgument(
+            f"num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank has "
+            f"{true_counts.tolist()} tokens a rank; pass both from one get_dispatch_layout."
+        )
+    if topk is not None:
+        _check_expert_ids(topk.idx.numpy(), len(per_expert))
+
+
+def _check_worst_tokens(arriving: routing.Ints, num_worst_tokens: routing.Ints) -> None:
+    """All ranks see all numbers, so all raise alike and nothing is sent."""
+    over = np.flatnonzero((num_worst_tokens > 0) & (arriving > num_worst_tokens))
+    if len(over):
+        rank = int(over[0])
+        raise InvalidArgument(
+            f"num_worst_tokens is {num_worst_tokens[rank]} on rank {rank}, but {arriving[rank]} "
+            f"rows arrive there; it must be at least that. The sum of all ranks' tokens is "
+            "always enough."
+        )

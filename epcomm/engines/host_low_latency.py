@@ -1,0 +1,436 @@
+"""Low-latency calls of the host engine: fixed shapes, two slots, send and receive apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epcomm.arrays import BFLOAT16, ArrayView, view_numpy
+from epcomm.board import LOW_LATENCY_SENT, Board, define_call
+from epcomm.engines.base import (
+    MAX_LOW_LATENCY_TOPK,
+    CombinePrecision,
+    Fp8Format,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchResult,
+    LowLatencyShape,
+)
+from epcomm.engines.sections import Sections, as_rows, gather_rows
+from epcomm.errors import InvalidArgument
+from epcomm.fp8 import cast_to_fp8, data_dtype, num_scales, scales_dtype
+from epcomm.group import Group
+from epcomm.slab import HostSlabs
+
+_SHAPE = ("num_max_dispatch_tokens_per_rank", "hidden", "num_experts", "num_topk")
+_DISPATCH = define_call("low_latency_dispatch", (*_SHAPE, "fp8_format"), ("num_tokens",))
+_COMBINE = define_call("low_latency_combine", (*_SHAPE, "combine_precision"))
+
+#: The rows that a rank stages for combine, ``[num_local, num_recv_rows, hidden]``, and its ranges.
+_Staged = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
+
+_NUM_SLOTS = 2
+_CHUNK_TOKENS = 64
+
+
+def region_bytes(shape: LowLatencyShape) -> int:
+    """Return the bytes of both slots of one rank; each holds what dispatch or combine stages."""
+    dispatch = _dispatch_sections(
+        shape, Fp8Format.NONE, MAX_LOW_LATENCY_TOPK, shape.num_max_tokens, 0
+    )
+    return _NUM_SLOTS * max(dispatch.end, _combine_sections(shape, 0).end)
+
+
+def _dispatch_sections(
+    shape: LowLatencyShape, fp8: Fp8Format, num_topk: int, num_tokens: int, start: int
+) -> Sections:
+    spec: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        "topk_idx": ((num_tokens, num_topk), np.dtype(np.int64)),
+        "data": ((num_tokens, shape.hidden), data_dtype(fp8)),
+    }
+    if fp8 is not Fp8Format.NONE:
+        spec["scales"] = ((num_tokens, num_scales(fp8, shape.hidden)), scales_dtype(fp8))
+    return Sections(spec, start)
+
+
+def _combine_sections(shape: LowLatencyShape, start: int) -> Sections:
+    rows = (shape.num_local_experts, shape.num_recv_rows, shape.hidden)
+    ranges = (shape.num_local_experts, shape.num_ranks)
+    spec = {"data": (rows, BFLOAT16), "layout_range": (ranges, np.dtype(np.int64))}
+    return Sections(spec, start)
+
+
+class HostLowLatency:
+    """The low-latency half of `HostEngine`.
+
+    Calls use the two slots in turn. A rank sends call n + 2 only when it has received call n, and
+    arrives at it only then, so no slot is written while a peer still reads it.
+
+    Args:
+        group: The ranks.
+        board: The engine's board.
+        num_bytes: Bytes to reserve; grows when a call needs more.
+        shm_dir: See `HostSlabs`.
+        timeout_s: Deadline of every wait, in seconds.
+        can_mask: Whether ranks that do not answer are masked in place of failing.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        board: Board,
+        num_bytes: int,
+        shm_dir: str | None,
+        timeout_s: float,
+        can_mask: bool,
+    ) -> None:
+        self._group = group
+        self._board = board
+        self._shm_dir = shm_dir
+        self._timeout_s = timeout_s
+        self._can_mask = can_mask
+        self._num_calls = 0
+        self._num_unreceived = 0
+        self._slabs = HostSlabs(group, [num_bytes] * group.size, shm_dir, timeout_s)
+
+    def slab_bytes(self) -> int:
+        """Return the bytes that this rank holds."""
+        return self._slabs.num_bytes[self._group.rank]
+
+    def local_memory(self) -> ArrayView:
+        """See `Engine.local_memory`."""
+        return view_numpy(self._slabs.views[self._group.rank])
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._slabs.close()
+
+    # --- one call ------------------------------------------------------------------------------
+
+    def _slot_start(self, call: int, shape: LowLatencyShape) -> int:
+        # The slots divide what there is, so that a call of another shape uses the same two.
+        half = self._slabs.num_bytes[self._group.rank] // _NUM_SLOTS
+        return (call % _NUM_SLOTS) * (half // 64 * 64)
+
+    def _check_unreceived(self, name: str) -> None:
+        if self._num_unreceived >= _NUM_SLOTS:
+            raise InvalidArgument(
+                f"{name}: {self._num_unreceived} earlier low-latency results wait for their hook, "
+                f"and there are {_NUM_SLOTS} slots; call a hook() first. Nothing was sent."
+            )
+
+    def _on_missing(self) -> Callable[[Sequence[int]], None] | None:
+        return self._mask if self._can_mask else None
+
+    def _mask(self, ranks: Sequence[int]) -> None:
+        self._board.masked[list(ranks)] = True
+
+    def _begin(self, name: str, shape: LowLatencyShape) -> int:
+        """Make room, where needed, and return the number of this call."""
+        needed = region_bytes(shape)
+        if needed > self.slab_bytes():
+            # Every rank comes to the same decision: the shape was agreed on.
+            if self._num_unreceived:
+                raise InvalidArgument(
+                    f"{name} needs {needed} bytes, more than the slots have, while an earlier "
+                    "result waits for its hook; call the hook first, or pass num_rdma_bytes="
+                    f"{needed} to the Buffer. Nothing was sent."
+                )
+            self._slabs = HostSlabs(
+                self._group, [needed] * self._group.size, self._shm_dir, self._timeout_s
+            )
+        self._num_calls += 1
+        self._num_unreceived += 1
+        return self._num_calls
+
+    def _receiver(
+        self, call: int, name: str, wait_stats: ArrayView | None, work: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Return the function that waits for all ranks and then does its work, once."""
+        state = {"is_done": False}
+
+        def receive() -> None:
+            if state["is_done"]:
+                raise InvalidArgument(f"{name}: this hook was called before; call each hook once.")
+            state["is_done"] = True
+            stats = None if wait_stats is None else wait_stats.numpy()
+            self._board.wait(
+                LOW_LATENCY_SENT, call, f"{name}: rows", self._on_missing(), waited_us=stats
+            )
+            work()
+            self._num_unreceived -= 1
+
+        return receive
+
+    # --- dispatch ------------------------------------------------------------------------------
+
+    def dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
+        """See `Engine.low_latency_dispatch`."""
+        name = "low_latency_dispatch"
+        shape, fp8 = request.shape, request.fp8
+        idx = request.topk_idx.numpy()
+        _check_choices(idx, shape.num_experts)
+        self._check_unreceived(name)
+        values = {
+            **_shape_values(shape, idx.shape[1]),
+            "fp8_format": fp8.value,
+            "num_tokens": len(idx),
+        }
+        said, _ = self._board.agree(_DISPATCH, values, on_missing=self._on_missing())
+        call = self._begin(name, shape)
+        start = self._slot_start(call, shape)
+        staged = [
+            _dispatch_sections(shape, fp8, idx.shape[1], count, start)
+            for count in said["num_tokens"].tolist()
+        ]
+        slab = self._slabs.views[self._group.rank]
+        mine = staged[self._group.rank]
+        mine.view(slab, "topk_idx")[...] = idx
+        if fp8 is Fp8Format.NONE:
+            np.copyto(mine.view(slab, "data"), request.data.numpy())
+        else:
+            data, scales = mine.view(slab, "data"), mine.view(slab, "scales")
+            cast_to_fp8(request.data.numpy(), fp8, data, scales)
+        self._board.post(LOW_LATENCY_SENT, call)
+        return self._dispatch_result(request, call, staged)
+
+    def _dispatch_result(
+        self, request: LowLatencyDispatchRequest, call: int, staged: Sequence[Sections]
+    ) -> LowLatencyDispatchResult:
+        shape, fp8 = request.shape, request.fp8
+        num_local, num_rows = shape.num_local_experts, shape.num_recv_rows
+        int32, int64 = np.dtype(np.int32), np.dtype(np.int64)
+        scales = None
+        if fp8 is not Fp8Format.NONE:
+            # Stored with the row dimension innermost, as grouped matrix products want it.
+            stored = (num_local, num_scales(fp8, shape.hidden), num_rows)
+            scales = request.allocate(stored, scales_dtype(fp8))
+        result = {
+            "data": request.allocate((num_local, num_rows, shape.hidden), data_dtype(fp8)),
+            "recv_count": request.allocate((num_local,), int32),
+            "src_info": request.allocate((num_local, num_rows), int32),
+            "layout_range": request.allocate((num_local, shape.num_ranks), int64),
+        }
+        slabs = self._slabs
+        name = "low_latency_dispatch"
+
+        def work() -> None:
+            self._gather(request, slabs, staged, result, scales)
+
+        receive = self._receiver(call, name, request.wait_stats, work)
+        return LowLatencyDispatchResult(scales=scales, receive=receive, **result)
+
+    def _gather(
+        self,
+        request: LowLatencyDispatchRequest,
+        slabs: HostSlabs,
+        staged: Sequence[Sections],
+        result: dict[str, ArrayView],
+        scales_view: ArrayView | None,
+    ) -> None:
+        """Fan the staged rows out to the local experts, by source rank, then token."""
+        shape = request.shape
+        first_expert = self._group.rank * shape.num_local_experts
+        data, src_info = result["data"].numpy(), result["src_info"].numpy()
+        src_info[...] = -1
+        begin = np.zeros(shape.num_local_experts, np.int64)
+        ranges = result["layout_range"].numpy()
+        for rank, (sections, slab) in enumerate(zip(staged, slabs.views, strict=True)):
+            counts = np.zeros(shape.num_local_experts, np.int64)
+            if not self._board.masked[rank]:
+                idx = sections.view(slab, "topk_idx")
+                rows = as_rows(sections.view(slab, "data"))
+                for expert, tokens in _tokens_by_expert(idx, first_expert, len(begin)):
+                    at = slice(int(begin[expert]), int(begin[expert]) + len(tokens))
+                    gather_rows(rows, tokens, as_rows(data[expert])[at])
+                    src_info[expert, at] = tokens
+                    if scales_view is not None:
+                        scales = sections.view(slab, "scales")
+                        scales_view.numpy()[expert, :, at] = scales[tokens].T
+                    counts[expert] = len(tokens)
+            ranges[:, rank] = begin << 32 | counts
+            begin += counts
+        result["recv_count"].numpy()[...] = begin
+        if request.recv_stats is not None:
+            stats = request.recv_stats.numpy()
+            stats += begin.astype(stats.dtype)
+
+    # --- combine -------------------------------------------------------------------------------
+
+    def combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
+        """See `Engine.low_latency_combine`."""
+        name = "low_latency_combine"
+        shape = request.shape
+        idx = request.topk_idx.numpy().astype(np.int64)
+        _check_choices(idx, shape.num_experts)
+        self._check_unreceived(name)
+        values = {
+            **_shape_values(shape, idx.shape[1]),
+            "combine_precision": request.precision.value,
+        }
+        if request.is_zero_copy:
+            self._check_zero_copy(request)
+        self._board.agree(_COMBINE, values, on_missing=self._on_missing())
+        call = self._begin(name, shape)
+        sections = _combine_sections(shape, self._slot_start(call, shape))
+        slab = self._slabs.views[self._group.rank]
+        ranges = request.layout_range.numpy()
+        sections.view(slab, "layout_range")[...] = ranges
+        if not request.is_zero_copy:
+            data, staged = request.data.numpy(), sections.view(slab, "data")
+            for expert, count in enumerate((ranges & 0xFFFFFFFF).sum(axis=1).tolist()):
+                np.copyto(staged[expert, :count], data[expert, :count])
+        self._board.post(LOW_LATENCY_SENT, call)
+        slabs = self._slabs
+
+        def work() -> None:
+            views = [
+                (sections.view(slab, "data"), sections.view(slab, "layout_range"))
+                for slab in slabs.views
+            ]
+            self._sum(request, idx, views)
+
+        return self._receiver(call, name, request.wait_stats, work)
+
+    def next_combine_buffer(self, shape: LowLatencyShape) -> ArrayView:
+        """See `Engine.next_combine_buffer`."""
+        if region_bytes(shape) > self.slab_bytes():
+            raise InvalidArgument(
+                "the low-latency slots are too small for this handle's shape; dispatch with it "
+                "first, on this Buffer."
+            )
+        sections = _combine_sections(shape, self._slot_start(self._num_calls + 1, shape))
+        return view_numpy(sections.view(self._slabs.views[self._group.rank], "data"))
+
+    def _check_zero_copy(self, request: LowLatencyCombineRequest) -> None:
+        wanted = self.next_combine_buffer(request.shape).ptr
+        if request.data.ptr != wanted:
+            raise InvalidArgument(
+                "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "
+                "gives now; fill that one and pass it, or pass zero_copy=False."
+            )
+
+    def _sum(
+        self,
+        request: LowLatencyCombineRequest,
+        idx: npt.NDArray[np.int64],
+        sources: Sequence[_Staged],
+    ) -> None:
+        """Sum every token's rows, weighted, in fp32; round once."""
+        shape = request.shape
+        weights, out = request.topk_weights.numpy(), request.out.numpy()
+        rank_of = np.where(idx < 0, -1, idx // shape.num_local_experts)
+        rank_of[np.isin(rank_of, np.flatnonzero(self._board.masked))] = -1
+        row_of = _rows_at_experts(idx, shape, self._group.rank, sources, rank_of)
+        for begin in range(0, len(idx), _CHUNK_TOKENS):
+            part = slice(begin, min(begin + _CHUNK_TOKENS, len(idx)))
+            pick = _Pick(rank_of[part], row_of[part], weights[part], sources, shape.hidden)
+            by_rank = request.precision is CombinePrecision.RANK
+            out[part] = pick.sum_by_rank() if by_rank else pick.sum_by_choice()
+
+
+class _Pick:
+    """A few tokens' choices, and the rows that they name."""
+
+    def __init__(
+        self,
+        rank_of: npt.NDArray[np.int64],
+        row_of: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
+        sources: Sequence[_Staged],
+        hidden: int,
+    ) -> None:
+        self._rank_of, self._row_of, self._weights = rank_of, row_of, weights
+        self._sources = sources
+        self._hidden = hidden
+
+    def _add(self, total: npt.NDArray[np.float32], rank: int, choice: int) -> bool:
+        """Add the weighted rows of one choice that lie on one rank; tell whether there are any."""
+        tokens = np.flatnonzero(self._rank_of[:, choice] == rank)
+        if not len(tokens):
+            return False
+        rows = self._sources[rank][0].reshape(-1, self._hidden)[self._row_of[tokens, choice]]
+        total[tokens] += rows.astype(np.float32) * self._weights[tokens, choice, None]
+        return True
+
+    def _zeros(self) -> npt.NDArray[np.float32]:
+        return np.zeros((len(self._rank_of), self._hidden), np.float32)
+
+    def sum_by_choice(self) -> npt.NDArray[np.float32]:
+        """Sum over the choices, ascending."""
+        total = self._zeros()
+        for choice in range(self._rank_of.shape[1]):
+            for rank in range(len(self._sources)):
+                self._add(total, rank, choice)
+        return total
+
+    def sum_by_rank(self) -> npt.NDArray[np.float32]:
+        """Sum each rank's choices, round that to bf16 as the wire does, and sum the ranks."""
+        total = self._zeros()
+        for rank in range(len(self._sources)):
+            share = self._zeros()
+            found = [self._add(share, rank, k) for k in range(self._rank_of.shape[1])]
+            if any(found):
+                total += share.astype(BFLOAT16).astype(np.float32)
+        return total
+
+
+def _tokens_by_expert(
+    idx: npt.NDArray[np.int64], first_expert: int, num_local: int
+) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    """Return, for each local expert that is chosen, its tokens ascending."""
+    tokens, choices = np.nonzero((idx >= first_expert) & (idx < first_expert + num_local))
+    experts = idx[tokens, choices] - first_expert
+    order = np.argsort(experts, kind="stable")
+    ends = np.cumsum(np.bincount(experts, minlength=num_local))
+    parts = np.split(tokens[order], ends[:-1])
+    return [(expert, part) for expert, part in enumerate(parts) if len(part)]
+
+
+def _rows_at_experts(
+    idx: npt.NDArray[np.int64],
+    shape: LowLatencyShape,
+    rank: int,
+    sources: Sequence[_Staged],
+    rank_of: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Return the row of every choice in its expert rank's ``[num_local * num_recv_rows]``."""
+    begin = np.zeros(shape.num_experts, np.int64)
+    for peer, source in enumerate(sources):
+        at = slice(peer * shape.num_local_experts, (peer + 1) * shape.num_local_experts)
+        begin[at] = source[1][:, rank] >> 32
+    # The n-th of this rank's tokens that choose an expert has the n-th of its rows there.
+    flat = idx.ravel()
+    order = np.argsort(flat, kind="stable")
+    ordered = flat[order]
+    within = np.empty_like(flat)
+    within[order] = np.arange(len(flat)) - np.searchsorted(ordered, ordered)
+    local = np.maximum(idx, 0) % shape.num_local_experts
+    rows = local * shape.num_recv_rows + begin[np.maximum(idx, 0)] + within.reshape(idx.shape)
+    return np.where(rank_of < 0, 0, rows)
+
+
+def _shape_values(shape: LowLatencyShape, num_topk: int) -> dict[str, int]:
+    numbers = (shape.num_max_tokens, shape.hidden, shape.num_experts, num_topk)
+    return dict(zip(_SHAPE, numbers, strict=True))
+
+
+def _check_choices(idx: npt.NDArray[Any], num_experts: int) -> None:
+    if not idx.size:
+        return
+    if idx.min() < -1 or idx.max() >= num_experts:
+        raise InvalidArgument(
+            f"topk_idx holds values from {idx.min()} to {idx.max()}; they must be expert ids from "
+            f"0 to {num_experts - 1}, or -1 for no choice."
+        )
+    ordered = np.sort(idx, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        token = int(np.flatnonzero(twice.any(axis=1))[0])
+        raise InvalidArgument(
+            f"topk_idx[{token}] is {idx[token].tolist()}; low-latency calls have room for one row "
+            "a (token, expert), so a token's choices must differ."
+        )

@@ -1,0 +1,82 @@
+"""Every error that epcomm raises on purpose.
+
+::
+
+    EpcommError
+    ├── InvalidArgument (ValueError)     a call's arguments are wrong; no peer was touched
+    ├── UnsupportedConfig                this machine or group cannot do what was asked
+    ├── RankMismatch                     ranks passed different values where they must agree
+    ├── ClosedError                      the Buffer was destroyed, or failed, before this call
+    ├── CompileError                     a kernel did not compile
+    └── TransportError                   memory or messages between ranks failed
+        ├── PeerMapError                 a peer's memory could not be reached
+        ├── CudaError                    a CUDA call failed
+        └── CommTimeout (TimeoutError)   a wait for peers passed its deadline
+
+A message says what was wrong, what was got, the rule, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class EpcommError(Exception):
+    """The base of all errors that epcomm raises on purpose."""
+
+
+class InvalidArgument(EpcommError, ValueError):
+    """A call's arguments are wrong. Nothing was sent; the Buffer works as before."""
+
+
+class UnsupportedConfig(EpcommError):
+    """This machine, group or build cannot do what was asked."""
+
+
+class RankMismatch(EpcommError):
+    """Ranks passed different values where they must agree. Every rank raises the same message."""
+
+
+class ClosedError(EpcommError):
+    """The Buffer was destroyed, or failed, before this call."""
+
+
+class CompileError(EpcommError):
+    """A kernel did not compile."""
+
+
+class TransportError(EpcommError):
+    """Memory or messages between ranks failed."""
+
+
+class PeerMapError(TransportError):
+    """A peer's memory could not be reached."""
+
+
+class CudaError(TransportError):
+    """A CUDA call failed."""
+
+
+class CommTimeout(TransportError, TimeoutError):
+    """A wait for peers passed its deadline.
+
+    Attributes:
+        phase: What was being waited for, such as ``"dispatch: staged rows"``.
+        rank: The rank that waited.
+        peers: The ranks that did not answer (empty where the transport cannot tell).
+        timeout_s: The deadline, in seconds.
+    """
+
+    def __init__(
+        self, phase: str, rank: int, peers: Sequence[int], timeout_s: float, detail: str = ""
+    ) -> None:
+        self.phase = phase
+        self.rank = rank
+        self.peers = tuple(peers)
+        self.timeout_s = timeout_s
+        who = f"rank(s) {', '.join(map(str, self.peers))}" if self.peers else "other ranks"
+        super().__init__(
+            f"{phase}: rank {rank} waited {timeout_s:g} s for {who}"
+            f"{'; ' + detail if detail else ''}. Look first at what those ranks printed; if they "
+            f"are only slow, raise timeout_s= or EPCOMM_TIMEOUT_S."
+        )

@@ -1,0 +1,94 @@
+"""torch tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from epcomm.arrays import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, ArrayView, Device
+from epcomm.errors import InvalidArgument
+
+_TORCH_OF_NUMPY: dict[np.dtype[Any], torch.dtype] = {
+    np.dtype(np.bool_): torch.bool,
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.int8): torch.int8,
+    np.dtype(np.int16): torch.int16,
+    np.dtype(np.uint16): torch.uint16,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.uint32): torch.uint32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.uint64): torch.uint64,
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+    BFLOAT16: torch.bfloat16,
+    FLOAT8_E4M3: torch.float8_e4m3fn,
+    FLOAT8_E5M2: torch.float8_e5m2,
+    np.dtype(ml_dtypes.float8_e4m3fnuz): torch.float8_e4m3fnuz,
+    np.dtype(ml_dtypes.float8_e5m2fnuz): torch.float8_e5m2fnuz,
+    np.dtype(ml_dtypes.float8_e8m0fnu): torch.float8_e8m0fnu,
+}
+_NUMPY_OF_TORCH = {theirs: ours for ours, theirs in _TORCH_OF_NUMPY.items()}
+
+
+def numpy_dtype(dtype: torch.dtype, name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype for one of torch's, or raise InvalidArgument."""
+    if dtype not in _NUMPY_OF_TORCH:
+        raise InvalidArgument(f"{name} has dtype {dtype}, which epcomm does not carry.")
+    return _NUMPY_OF_TORCH[dtype]
+
+
+class TorchFramework:
+    """See `epcomm.frameworks.Framework`."""
+
+    name = "torch"
+    is_mutable = True
+
+    def owns(self, array: Any) -> bool:
+        """Return whether it is a torch tensor."""
+        return isinstance(array, torch.Tensor)
+
+    def view(self, array: Any, name: str) -> ArrayView:
+        """View an input."""
+        if array.requires_grad and torch.is_grad_enabled():
+            raise InvalidArgument(
+                f"{name} requires grad, and epcomm's calls are not recorded for autograd. Call "
+                f"inside torch.no_grad() or an autograd.Function, or pass {name}.detach()."
+            )
+        if array.layout is not torch.strided or array.device.type not in ("cpu", "cuda"):
+            raise InvalidArgument(
+                f"{name} is a {array.layout} tensor on {array.device}; epcomm takes strided "
+                "tensors on cpu and cuda."
+            )
+        if array.is_conj() or array.is_neg():
+            raise InvalidArgument(f"{name} is a lazy view; pass {name}.resolve_neg().")
+        dtype = numpy_dtype(array.dtype, name)
+        return ArrayView(
+            ptr=array.data_ptr(),
+            shape=tuple(array.shape),
+            strides=tuple(step * dtype.itemsize for step in array.stride()),
+            dtype=dtype,
+            device=Device(array.device.type, array.device.index or 0),
+            is_readonly=False,
+            owner=array,
+        )
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> ArrayView:
+        """Make memory for an output."""
+        tensor = torch.empty(shape, dtype=_TORCH_OF_NUMPY[dtype], device=str(device))
+        return self.view(tensor, "output")
+
+    def finish(self, view: ArrayView) -> Any:
+        """Return the tensor."""
+        if isinstance(view.owner, torch.Tensor):
+            tensor = view.owner
+        else:  # memory of a slab
+            raw = np.dtype(f"u{view.dtype.itemsize}")
+            tensor = torch.from_numpy(view.numpy().view(raw)).view(_TORCH_OF_NUMPY[view.dtype])
+        steps = tuple(step // view.dtype.itemsize for step in view.strides)
+        if tensor.shape != view.shape or tensor.stride() != steps:
+            tensor = torch.as_strided(tensor, view.shape, steps)
+        return tensor

@@ -1,0 +1,416 @@
+"""Groups: who takes part, and how ranks exchange small Python objects before they share memory.
+
+A Buffer takes any of these as it is: an mpi4py communicator, a thread's group from
+`run_threads`, a torch.distributed ProcessGroup, or None of these where a single rank is enough
+(`SingleGroup`). Everything a group carries is small and rare; rows never travel through it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from epcomm import env
+from epcomm.errors import CommTimeout, InvalidArgument, TransportError
+from epcomm.waiting import Deadline, wait_until
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Group(Protocol):
+    """Ranks that call collectively.
+
+    Attributes:
+        rank: This rank, 0 to ``size - 1``.
+        size: Number of ranks.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    def allgather(
+        self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
+    ) -> list[Any]:
+        """Give every rank every rank's object. Collective.
+
+        Args:
+            obj: Anything that pickles; small.
+            timeout_s: Deadline in seconds; None takes EPCOMM_TIMEOUT_S.
+            phase: What the exchange is for, named in the error.
+
+        Returns:
+            The objects, by rank.
+
+        Raises:
+            CommTimeout: Some ranks did not call before the deadline.
+        """
+        ...
+
+    def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
+        """Return once every rank has called. Collective. Raises CommTimeout as `allgather`."""
+        ...
+
+    def split(self, color: int) -> Group:
+        """Return the group of the ranks that pass the same color, in rank order. Collective."""
+        ...
+
+    def check(self) -> None:
+        """Raise TransportError if a rank of this group is known to have failed."""
+        ...
+
+
+class SingleGroup:
+    """One rank alone."""
+
+    rank = 0
+    size = 1
+
+    def allgather(
+        self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
+    ) -> list[Any]:
+        """Return ``[obj]``."""
+        return [obj]
+
+    def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
+        """Return at once."""
+
+    def split(self, color: int) -> SingleGroup:
+        """Return a group of this rank alone."""
+        return SingleGroup()
+
+    def check(self) -> None:
+        """Nobody else can fail."""
+
+
+class ThreadGroup:
+    """One thread of several that play ranks in one process. Made by `run_threads`."""
+
+    def __init__(
+        self, world: _ThreadWorld, context: tuple[Any, ...], ranks: Sequence[int], me: int
+    ):
+        self._world = world
+        self._context = context
+        self._ranks = tuple(ranks)
+        self._round = 0
+        self.rank = self._ranks.index(me)
+        self.size = len(self._ranks)
+
+    def allgather(
+        self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
+    ) -> list[Any]:
+        """See `Group.allgather`. The objects themselves are passed on, not copies."""
+        limit_s = env.settings().timeout_s if timeout_s is None else timeout_s
+        self._round += 1
+        found = self._world.exchange(
+            (self._context, self._round), self.rank, self.size, obj, limit_s
+        )
+        if len(found) < self.size:
+            missing = [rank for rank in range(self.size) if rank not in found]
+            raise CommTimeout(phase, self.rank, missing, limit_s)
+        return [found[rank] for rank in range(self.size)]
+
+    def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
+        """See `Group.barrier`."""
+        self.allgather(None, timeout_s=timeout_s, phase=phase)
+
+    def split(self, color: int) -> ThreadGroup:
+        """See `Group.split`."""
+        colors = self.allgather(color, phase="split")
+        mine = [rank for rank, other in enumerate(colors) if other == color]
+        context = (*self._context, self._round, color)
+        world_ranks = [self._ranks[rank] for rank in mine]
+        return ThreadGroup(self._world, context, world_ranks, self._ranks[self.rank])
+
+    def check(self) -> None:
+        """Raise TransportError if another rank's function ended with an exception."""
+        self._world.check()
+
+
+class _ThreadWorld:
+    """What the threads of one `run_threads` share."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._rounds: dict[Any, tuple[dict[int, Any], list[int]]] = {}
+        self.failure: tuple[int, BaseException] | None = None
+
+    def exchange(
+        self, key: Any, rank: int, size: int, obj: Any, timeout_s: float
+    ) -> dict[int, Any]:
+        """Add this rank's object to a round; return those that came before the deadline."""
+        with self._changed:
+            objects, takers = self._rounds.setdefault(key, ({}, []))
+            objects[rank] = obj
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: len(objects) == size or self.failure is not None, timeout_s
+            )
+            if len(objects) < size:
+                self.check()
+            takers.append(rank)
+            if len(takers) == size:
+                del self._rounds[key]
+            return objects
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """Remember the first failure and wake all that wait."""
+        with self._changed:
+            if self.failure is None:
+                self.failure = (rank, error)
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        if self.failure is not None:
+            rank, error = self.failure
+            raise TransportError(
+                f"rank {rank} failed: {type(error).__name__}: {error}. The other ranks end too."
+            ) from error
+
+
+def run_threads(fn: Callable[[Group], T], num_ranks: int) -> list[T]:
+    """Run a function once a rank, with ranks as threads of this process.
+
+    For notebooks, tests, and frameworks that drive all GPUs from one process.
+
+    Args:
+        fn: Called as ``fn(group)`` in a thread of its own for each rank.
+        num_ranks: Number of ranks, at least 1.
+
+    Returns:
+        What each call returned, by rank.
+
+    Raises:
+        InvalidArgument: ``num_ranks`` is below 1.
+        BaseException: What the first failing rank raised; the other ranks' waits end at once.
+    """
+    if num_ranks < 1:
+        raise InvalidArgument(f"num_ranks is {num_ranks}; it must be at least 1.")
+    world = _ThreadWorld()
+    results: list[Any] = [None] * num_ranks
+
+    def run_rank(rank: int) -> None:
+        try:
+            results[rank] = fn(ThreadGroup(world, (), range(num_ranks), rank))
+        except BaseException as error:  # re-raised in the caller's thread below
+            world.fail(rank, error)
+
+    threads = [
+        threading.Thread(target=run_rank, args=(rank,), name=f"epcomm rank {rank}", daemon=True)
+        for rank in range(num_ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if world.failure is not None:
+        raise world.failure[1]
+    return results
+
+
+class MpiGroup:
+    """An mpi4py communicator as a group.
+
+    Messages go point to point on a private duplicate of the communicator, so that the caller's
+    own traffic is untouched and a missing rank can be named.
+
+    Args:
+        comm: The communicator. Collective over it at the first use of each communicator.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        private = _private_comm(comm)
+        self._init(private, range(private.comm.size), tag=0)
+
+    def _init(self, private: _PrivateComm, ranks: Sequence[int], tag: int) -> None:
+        self._private = private
+        self._ranks = tuple(ranks)
+        self._tag = tag
+        self.rank = self._ranks.index(private.comm.rank)
+        self.size = len(self._ranks)
+
+    def allgather(
+        self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
+    ) -> list[Any]:
+        """See `Group.allgather`."""
+        deadline = Deadline(env.settings().timeout_s if timeout_s is None else timeout_s)
+        comm = self._private.comm
+        this_round = self._private.next_round(self._tag)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        message = (this_round, obj)
+        sends = [comm.isend(message, dest=self._ranks[rank], tag=self._tag) for rank in others]
+        received = {self.rank: obj}
+
+        def is_done() -> bool:
+            for rank in others:
+                if rank in received:
+                    continue
+                matched = comm.improbe(source=self._ranks[rank], tag=self._tag)
+                if matched is not None:
+                    sent_round, sent = matched.recv()
+                    if sent_round == this_round:  # else: left over from a round that timed out
+                        received[rank] = sent
+            return len(received) == self.size and all(send.Test() for send in sends)
+
+        if not wait_until(is_done, deadline):
+            self._private.abandoned.extend(sends)
+            missing = [rank for rank in others if rank not in received]
+            raise CommTimeout(phase, self.rank, missing, deadline.timeout_s)
+        return [received[rank] for rank in range(self.size)]
+
+    def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
+        """See `Group.barrier`."""
+        self.allgather(None, timeout_s=timeout_s, phase=phase)
+
+    def split(self, color: int) -> MpiGroup:
+        """See `Group.split`."""
+        answers = self.allgather((color, self._private.free_tag), phase="split")
+        tag = max(free_tag for _, free_tag in answers)
+        self._private.free_tag = tag + 1
+        group = MpiGroup.__new__(MpiGroup)
+        ranks = [self._ranks[rank] for rank, (other, _) in enumerate(answers) if other == color]
+        group._init(self._private, ranks, tag)
+        return group
+
+    def check(self) -> None:
+        """Nothing to look at: MPI itself ends the ranks whose peers die."""
+
+
+class _PrivateComm:
+    """epcomm's duplicate of a communicator, kept with it, and what its groups share."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+        self.free_tag = 1  # 0 is the whole communicator's
+        self.abandoned: list[Any] = []  # sends that timed out: MPI may still read their buffers
+        self._rounds: dict[int, int] = {}
+
+    def next_round(self, tag: int) -> int:
+        self._rounds[tag] = self._rounds.get(tag, 0) + 1
+        return self._rounds[tag]
+
+
+_private_comm_key: int | None = None
+
+
+def _private_comm(comm: Any) -> _PrivateComm:
+    """Return the communicator's private duplicate; made, collectively, at the first call."""
+    global _private_comm_key
+    from mpi4py import MPI
+
+    if comm == MPI.COMM_NULL:
+        raise InvalidArgument("comm is MPI.COMM_NULL; pass a communicator this rank belongs to.")
+    if comm.Is_inter():
+        raise InvalidArgument("comm is an intercommunicator; pass an intracommunicator (Merge()).")
+    if _private_comm_key is None:
+        _private_comm_key = MPI.Comm.Create_keyval()
+    private = comm.Get_attr(_private_comm_key)
+    if private is None:
+        duplicate, request = comm.Idup()
+        deadline = Deadline(env.settings().timeout_s)
+        if not wait_until(request.Test, deadline):
+            raise CommTimeout("duplicating comm", comm.rank, [], deadline.timeout_s)
+        private = _PrivateComm(duplicate)
+        comm.Set_attr(_private_comm_key, private)
+    assert isinstance(private, _PrivateComm)
+    return private
+
+
+class TorchGroup:
+    """A torch.distributed ProcessGroup, used for bootstrap only: no row ever goes through it.
+
+    Args:
+        process_group: Any backend that can gather objects (gloo, NCCL, MPI).
+    """
+
+    def __init__(self, process_group: Any) -> None:
+        import torch.distributed as dist
+
+        self._dist = dist
+        self._process_group = process_group
+        self.rank = int(dist.get_rank(process_group))
+        self.size = int(dist.get_world_size(process_group))
+
+    def allgather(
+        self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
+    ) -> list[Any]:
+        """See `Group.allgather`. torch cannot tell which ranks are missing."""
+        limit_s = env.settings().timeout_s if timeout_s is None else timeout_s
+        sizes = self._gather(
+            self._tensor([len(data := pickle.dumps(obj))], "int64"), limit_s, phase
+        )
+        longest = max(int(size.item()) for size in sizes)
+        padded = data.ljust(longest, b"\0")
+        parts = self._gather(self._tensor(list(padded), "uint8"), limit_s, phase)
+        return [pickle.loads(bytes(part.cpu().numpy())) for part in parts]
+
+    def _tensor(self, values: list[int], dtype: str) -> Any:
+        import torch
+
+        # The NCCL backend takes only tensors of its rank's own GPU.
+        is_nccl = self._dist.get_backend(self._process_group) == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
+        return torch.tensor(values, dtype=getattr(torch, dtype), device=device)
+
+    def _gather(self, tensor: Any, timeout_s: float, phase: str) -> list[Any]:
+        import torch
+
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        work = self._dist.all_gather(parts, tensor, group=self._process_group, async_op=True)
+        try:
+            done = wait_until(work.is_completed, Deadline(timeout_s))
+            if done:
+                work.wait()
+        except RuntimeError as error:
+            raise TransportError(f"{phase}: torch.distributed failed: {error}") from error
+        if not done:
+            raise CommTimeout(phase, self.rank, [], timeout_s)
+        return parts
+
+    def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
+        """See `Group.barrier`."""
+        self.allgather(None, timeout_s=timeout_s, phase=phase)
+
+    def split(self, color: int) -> TorchGroup:
+        """See `Group.split`."""
+        colors = self.allgather(color, phase="split")
+        world = self._dist.get_process_group_ranks(self._process_group)
+        members = [world[rank] for rank, other in enumerate(colors) if other == color]
+        return TorchGroup(self._dist.new_group(members, use_local_synchronization=True))
+
+    def check(self) -> None:
+        """Nothing to look at: torch.distributed tells of failures only where one waits."""
+
+
+def as_group(obj: Any) -> Group:
+    """Return the Group for what a caller passes as one.
+
+    Args:
+        obj: An mpi4py communicator, a torch.distributed ProcessGroup, or a `Group`.
+
+    Raises:
+        InvalidArgument: ``obj`` is none of these.
+    """
+    module = type(obj).__module__.partition(".")[0]
+    if module == "mpi4py":
+        return MpiGroup(obj)
+    torch = sys.modules.get("torch")
+    dist = getattr(torch, "distributed", None)
+    if dist is not None and dist.is_available() and isinstance(obj, dist.ProcessGroup):
+        return TorchGroup(obj)
+    if isinstance(obj, Group):
+        return obj
+    raise InvalidArgument(
+        f"group is a {type(obj).__name__}; it must be an mpi4py communicator, a torch.distributed "
+        "ProcessGroup, or an epcomm group (run_threads gives one to each rank)."
+    )

@@ -1,0 +1,186 @@
+"""Slabs: memory of one rank that its peers see.
+
+On the host a slab is shared memory. By default it has no name (a memfd that peers open through
+the owner's ``/proc`` entry), so there is nothing to leave behind whatever kills a rank, and no
+limit of ``/dev/shm`` applies. Where ranks cannot see each other's ``/proc`` (separate PID
+namespaces), EPCOMM_SHM_DIR names a folder for files that are removed as soon as all have mapped
+them. Ranks that are threads of one process share plain memory instead.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from epcomm.errors import EpcommError, PeerMapError, TransportError
+from epcomm.group import Group
+
+Bytes = npt.NDArray[np.uint8]
+
+#: Slabs of this process by key, for peers that are threads of it.
+_slabs_here: dict[str, Bytes] = {}
+_slabs_here_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a rank tells its peers of its slab."""
+
+    num_bytes: int
+    pid: int
+    key: str
+    path: str
+    error: str = ""
+
+
+class HostSlabs:
+    """The slabs of all ranks of a group, each rank's own memory mapped by all. Collective.
+
+    Args:
+        group: Ranks of one host.
+        num_bytes: Size of every rank's slab, by rank; the same list on every rank.
+        shm_dir: Folder for files, or None for memory without a name.
+        timeout_s: Deadline of the exchange, in seconds.
+
+    Raises:
+        TransportError: Some rank has not enough memory. Every rank raises it, and nothing is kept.
+        PeerMapError: Some rank cannot map a peer's slab. Every rank raises it.
+        CommTimeout: Some rank did not take part.
+    """
+
+    def __init__(
+        self, group: Group, num_bytes: Sequence[int], shm_dir: str | None, timeout_s: float
+    ) -> None:
+        self.num_bytes = tuple(num_bytes)
+        memory = _OwnMemory(num_bytes[group.rank], shm_dir)
+        try:
+            offers: list[_Offer] = group.allgather(
+                memory.offer, timeout_s=timeout_s, phase="exchanging slabs"
+            )
+            _raise_first(TransportError, [offer.error for offer in offers])
+            views, error = _map_all(offers, group.rank, memory)
+            errors = group.allgather(error, timeout_s=timeout_s, phase="mapping slabs")
+            _raise_first(PeerMapError, errors)
+        finally:
+            memory.withdraw()
+        #: Every rank's slab, [num_bytes of that rank] uint8, by rank.
+        self.views: tuple[Bytes, ...] = tuple(views)
+
+    def close(self) -> None:
+        """Let go of the memory. Views that are still held keep their slab mapped."""
+        self.views = ()
+
+
+class _OwnMemory:
+    """This rank's slab, open to peers until `withdraw`."""
+
+    def __init__(self, num_bytes: int, shm_dir: str | None) -> None:
+        self._fd = -1
+        self._path = ""
+        self._key = secrets.token_hex(16)
+        self.view: Bytes = np.empty(0, np.uint8)
+        error = ""
+        try:
+            self._reserve(num_bytes, shm_dir)
+        except (OSError, ValueError, TransportError) as problem:
+            error = _no_memory(num_bytes, shm_dir, problem)
+        self.offer = _Offer(num_bytes, os.getpid(), self._key, self._peer_path(), error)
+        with _slabs_here_lock:
+            _slabs_here[self._key] = self.view
+
+    def _reserve(self, num_bytes: int, shm_dir: str | None) -> None:
+        if num_bytes == 0:
+            return
+        name = f"epcomm-{self._key}"
+        if shm_dir is None:
+            _check_free_memory(num_bytes)
+            self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        else:
+            path = os.path.join(shm_dir, name)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._path = path
+        # Pages are taken now: a full file system is an error here, not a SIGBUS later.
+        os.posix_fallocate(self._fd, 0, num_bytes)
+        self.view = _map(self._fd, num_bytes)
+
+    def _peer_path(self) -> str:
+        return self._path or f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def withdraw(self) -> None:
+        """Close the ways in; what is mapped stays mapped."""
+        with _slabs_here_lock:
+            _slabs_here.pop(self._key, None)
+        if self._fd >= 0:
+            os.close(self._fd)
+        if self._path:
+            os.unlink(self._path)
+        self._fd, self._path = -1, ""
+
+
+def _map(fd: int, num_bytes: int) -> Bytes:
+    memory = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    return np.frombuffer(memory, np.uint8)
+
+
+def _map_all(offers: Sequence[_Offer], rank: int, own: _OwnMemory) -> tuple[list[Bytes], str]:
+    """Map every offer; return the views, and what went wrong or an empty string."""
+    views = []
+    for peer, offer in enumerate(offers):
+        try:
+            views.append(own.view if peer == rank else _map_offer(offer))
+        except (OSError, ValueError, KeyError) as problem:
+            return [], (
+                f"rank {rank} (pid {os.getpid()}) cannot map the slab of rank {peer} (pid "
+                f"{offer.pid}): {problem}. Ranks of one host must see each other's /proc entries; "
+                "if they run in separate containers, mount one folder into all of them and name "
+                "it in EPCOMM_SHM_DIR."
+            )
+    return views, ""
+
+
+def _map_offer(offer: _Offer) -> Bytes:
+    if offer.num_bytes == 0:
+        return np.empty(0, np.uint8)
+    if offer.pid == os.getpid():
+        with _slabs_here_lock:
+            if offer.key in _slabs_here:
+                return _slabs_here[offer.key]
+    fd = os.open(offer.path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _map(fd, offer.num_bytes)
+    finally:
+        os.close(fd)
+
+
+def _check_free_memory(num_bytes: int) -> None:
+    """Refuse what the host cannot hold: reserving it would wake the kernel's OOM killer."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration, ValueError):
+        return
+    if num_bytes > free:
+        raise TransportError(f"only {free / 2**20:.0f} MiB of memory are free")
+
+
+def _no_memory(num_bytes: int, shm_dir: str | None, problem: Exception) -> str:
+    where = "memory" if shm_dir is None else f"EPCOMM_SHM_DIR={shm_dir}"
+    remedy = "" if shm_dir is None else ", name a roomier EPCOMM_SHM_DIR, or unset it"
+    return (
+        f"no room for a slab of {num_bytes / 2**20:.1f} MiB in {where}: {problem}. Pass fewer "
+        f"tokens a call or a smaller num_nvl_bytes{remedy}."
+    )
+
+
+def _raise_first(kind: type[EpcommError], errors: Sequence[str]) -> None:
+    for rank, error in enumerate(errors):
+        if error:
+            raise kind(f"rank {rank}: {error}")

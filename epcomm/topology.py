@@ -1,0 +1,78 @@
+"""Which ranks share a node."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from epcomm.env import Settings
+from epcomm.errors import RankMismatch
+from epcomm.group import Group
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The nodes of a group.
+
+    Attributes:
+        rank: This rank.
+        node_of_rank: Node index of every rank; nodes are numbered by their lowest rank.
+    """
+
+    rank: int
+    node_of_rank: tuple[int, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return max(self.node_of_rank) + 1
+
+    @property
+    def node(self) -> int:
+        """This rank's node."""
+        return self.node_of_rank[self.rank]
+
+    def ranks_of(self, node: int) -> tuple[int, ...]:
+        """Return the ranks of a node, ascending."""
+        return tuple(rank for rank, other in enumerate(self.node_of_rank) if other == node)
+
+    def split_by_node(self, group: Group) -> Group:
+        """Return the group of this rank's node. Collective."""
+        return group.split(self.node)
+
+
+def host_identity() -> str:
+    """Return what is the same for all ranks of this host, and for no rank of another."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else ""
+    return f"{platform.node()} {boot}"
+
+
+def from_hosts(rank: int, hosts: Sequence[str], ranks_per_node: Sequence[int | None]) -> Topology:
+    """Make the topology from what every rank says of itself.
+
+    Args:
+        rank: This rank.
+        hosts: `host_identity` of every rank.
+        ranks_per_node: ``Settings.ranks_per_node`` of every rank; overrides the hosts.
+
+    Raises:
+        RankMismatch: The ranks disagree on EPCOMM_RANKS_PER_NODE.
+    """
+    if len(set(ranks_per_node)) > 1:
+        shown = ", ".join(f"rank {i} has {n}" for i, n in enumerate(ranks_per_node))
+        raise RankMismatch(
+            f"EPCOMM_RANKS_PER_NODE differs: {shown}. Set it to the same value on every rank."
+        )
+    if ranks_per_node[0] is not None:
+        return Topology(rank, tuple(i // ranks_per_node[0] for i in range(len(hosts))))
+    names = list(dict.fromkeys(hosts))
+    return Topology(rank, tuple(names.index(host) for host in hosts))
+
+
+def discover(group: Group, settings: Settings) -> Topology:
+    """Find the nodes of a group. Collective."""
+    said = group.allgather((host_identity(), settings.ranks_per_node), phase="finding the nodes")
+    return from_hosts(group.rank, [host for host, _ in said], [ranks for _, ranks in said])
