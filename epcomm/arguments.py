@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from epcomm.arrays import BFLOAT16, DTYPES, ArrayView, Device
+from epcomm.arrays import BFLOAT16, DTYPE_INDEX, ArrayView, Device
 from epcomm.engines.base import (
     MAX_LOW_LATENCY_TOPK,
-    Allocate,
-    CombineRequest,
-    DispatchRequest,
     Fp8Format,
     LayoutViews,
     LowLatencyShape,
@@ -32,6 +29,7 @@ ROW_MULTIPLE = 16
 INDEX_DTYPES = (np.dtype(np.int64), np.dtype(np.int32))
 SCALE_DTYPES = (np.dtype(np.float32), np.dtype(np.int32))
 SUM_DTYPES = (BFLOAT16, np.dtype(np.float16), np.dtype(np.float32))
+ONE_BYTE_DTYPES = tuple(dtype for dtype in DTYPE_INDEX if dtype.itemsize == 1)
 FLOAT32 = (np.dtype(np.float32),)
 INT32 = (np.dtype(np.int32),)
 INT64 = (np.dtype(np.int64),)
@@ -57,7 +55,7 @@ def view_of(
     place: Place,
     *,
     shape: tuple[int | str, ...],
-    dtypes: Sequence[np.dtype[Any]],
+    dtypes: Collection[np.dtype[Any]],
     is_strided: bool = False,
     is_output: bool = False,
 ) -> ArrayView:
@@ -164,11 +162,10 @@ def view_rows(x: Any, place: Place) -> tuple[Framework, ArrayView, ArrayView | N
     data, scales = split_pair(x)
     framework = framework_of(data, "x")
     if scales is None:
-        view = view_of(data, "x", place, shape=("num_tokens", "hidden"), dtypes=DTYPES)
+        view = view_of(data, "x", place, shape=("num_tokens", "hidden"), dtypes=DTYPE_INDEX)
         check_row(view, "x")
         return framework, view, None
-    one_byte = [dtype for dtype in DTYPES if dtype.itemsize == 1]
-    view = view_of(data, "x[0]", place, shape=("num_tokens", "hidden"), dtypes=one_byte)
+    view = view_of(data, "x[0]", place, shape=("num_tokens", "hidden"), dtypes=ONE_BYTE_DTYPES)
     check_row(view, "x[0]")
     scales_view = view_of(
         scales,
@@ -226,8 +223,8 @@ def view_topk(topk_idx: Any, topk_weights: Any, num_tokens: int, place: Place) -
     return TopK(idx, weights)
 
 
-def check_handle(handle: Any, buffer_id: int) -> DispatchHandle:
-    """Return the handle if it is one of this Buffer's."""
+def check_handle(handle: Any, buffer_id: int, data: ArrayView | None = None) -> DispatchHandle:
+    """Return the handle if it is one of this Buffer's, and fits the rows to dispatch again."""
     if not isinstance(handle, DispatchHandle):
         raise InvalidArgument(
             f"handle is a {type(handle).__name__}; pass the handle that dispatch returned."
@@ -236,44 +233,33 @@ def check_handle(handle: Any, buffer_id: int) -> DispatchHandle:
         raise InvalidArgument(
             "handle comes from another Buffer; use the Buffer whose dispatch returned it."
         )
-    return handle
-
-
-def repeated_dispatch(
-    rows: tuple[ArrayView, ArrayView | None], handle: DispatchHandle, allocate: Allocate
-) -> DispatchRequest:
-    """Return the request to send rows along an earlier dispatch's routes."""
-    data, scales = rows
-    if data.shape[0] != handle.num_tokens:
+    if data is not None and data.shape[0] != handle.num_tokens:
         raise InvalidArgument(
             f"x has {data.shape[0]} rows; the handle's dispatch had {handle.num_tokens}."
         )
-    return DispatchRequest(
-        data=data,
-        scales=scales,
-        layout=None,
-        topk=None,
-        handle=handle,
-        expert_alignment=1,
-        num_worst_tokens=0,
-        allocate=allocate,
-    )
+    return handle
 
 
-def combine_request(
-    x: Any, handle: DispatchHandle, topk_weights: Any, bias: Any, place: Place, allocate: Allocate
-) -> CombineRequest:
-    """Check a combine."""
-    data = view_of(x, "x", place, shape=(handle.num_recv_rows, "hidden"), dtypes=SUM_DTYPES)
+@dataclass(frozen=True)
+class CombineViews:
+    """The checked arrays of a combine, as in `CombineRequest`."""
+
+    data: ArrayView
+    topk_weights: ArrayView | None
+    biases: tuple[ArrayView, ...]
+
+
+def view_combine(
+    x: Any, handle: DispatchHandle, topk_weights: Any, bias: Any, place: Place
+) -> CombineViews:
+    """View the arrays of a combine."""
+    rows = handle.num_recv_rows
+    data = view_of(x, "x", place, shape=(rows, "hidden"), dtypes=SUM_DTYPES)
     check_row(data, "x")
     weights = None
     if topk_weights is not None:
         weights = view_of(
-            topk_weights,
-            "topk_weights",
-            place,
-            shape=(handle.num_recv_rows, "num_topk"),
-            dtypes=FLOAT32,
+            topk_weights, "topk_weights", place, shape=(rows, "num_topk"), dtypes=FLOAT32
         )
     biases = bias if isinstance(bias, tuple | list) else () if bias is None else (bias,)
     if len(biases) > 2:
@@ -283,7 +269,7 @@ def combine_request(
         view_of(one, f"bias[{i}]", place, shape=shape, dtypes=(data.dtype,))
         for i, one in enumerate(biases)
     )
-    return CombineRequest(data, weights, views, handle, allocate)
+    return CombineViews(data, weights, views)
 
 
 def low_latency_shape(

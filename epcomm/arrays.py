@@ -28,6 +28,9 @@ DTYPES: tuple[np.dtype[Any], ...] = tuple(
 )
 
 
+DTYPE_INDEX: dict[np.dtype[Any], int] = {dtype: index for index, dtype in enumerate(DTYPES)}
+
+
 @dataclass(frozen=True)
 class Device:
     """Where an array lives.
@@ -86,13 +89,18 @@ class ArrayView:
             if extent > 1
         )
 
+    def _is_all_of(self, array: npt.NDArray[Any]) -> bool:
+        return (self.ptr, self.shape, self.strides, self.dtype) == (
+            array.ctypes.data,
+            array.shape,
+            array.strides,
+            array.dtype,
+        )
+
     def numpy(self) -> npt.NDArray[Any]:
         """Return a CPU array's memory as a NumPy array that keeps the owner alive. No copy."""
         owner = self.owner
-        if isinstance(owner, np.ndarray) and (owner.shape, owner.strides) == (
-            self.shape,
-            self.strides,
-        ):
+        if isinstance(owner, np.ndarray) and self._is_all_of(owner):
             return owner
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)

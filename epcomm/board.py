@@ -27,7 +27,7 @@ from epcomm.waiting import Deadline, wait_until
 
 Words = npt.NDArray[np.int64]
 
-ARRIVED, STAGED, LOW_LATENCY_SENT, FAILED = range(4)
+ARRIVED, STAGED, LOW_LATENCY_SENT, LOW_LATENCY_RECEIVED, FAILED = range(5)
 _NUM_CELLS = 8
 _NUM_SLOTS = 2
 #: Words of a header before the counts: the round, the call, and the values that must agree.
@@ -74,6 +74,7 @@ class Board:
         self._cells: Words = rows[:, :_NUM_CELLS]
         self._headers: Words = rows[:, _NUM_CELLS:].reshape(group.size, _NUM_SLOTS, -1)
         self._round = 0
+        self._is_lost = False
         self._fence = threading.Lock()
         self.masked = np.zeros(group.size, bool)
 
@@ -103,6 +104,8 @@ class Board:
             RankMismatch: Ranks differ; all raise the same, and the board can be used on.
             CommTimeout: Ranks did not come; the board is unusable from then on.
         """
+        if self._is_lost:
+            self._raise_lost(call.name)
         self._round += 1
         slot = self._round % _NUM_SLOTS
         names = call.agreed + call.own
@@ -121,10 +124,7 @@ class Board:
     def _hold_to(self, call: Call, headers: Words) -> None:
         here = np.flatnonzero(~self.masked)
         if (headers[here, 0] != self._round).any():
-            raise TransportError(
-                f"{call.name}: rank {self._group.rank} came so late that the others went on "
-                "without it. Destroy this Buffer on every rank and make a new one."
-            )
+            self._raise_lost(call.name)
         for column, name in enumerate(("call", *call.agreed), start=1):
             seen = headers[here, column]
             if (seen != seen[0]).any():
@@ -132,10 +132,27 @@ class Board:
                     f"rank {rank}: {_shown(name, value)}"
                     for rank, value in zip(here[:16], seen, strict=False)
                 )
+                # The message is the same on every rank, so it cannot begin with its own call.
+                where, what = ("Buffer", "arguments") if name == "call" else (call.name, name)
                 raise RankMismatch(
-                    f"{call.name}: ranks disagree on {name} ({shown}). Every rank must make the "
-                    f"same call with the same {name}. Nothing was sent."
+                    f"{where}: ranks disagree on {name} ({shown}). Every rank must make the "
+                    f"same call with the same {what}. Nothing was sent."
                 )
+
+    def check_in_step(self, name: str) -> None:
+        """Raise TransportError where others, which masked this rank, are two calls ahead.
+
+        They then write again what this rank has just read.
+        """
+        if (self._cells[~self.masked, ARRIVED] > self._round + 1).any():
+            self._raise_lost(name)
+
+    def _raise_lost(self, name: str) -> None:
+        self._is_lost = True
+        raise TransportError(
+            f"{name}: rank {self._group.rank} came so late that the others went on without it. "
+            "Destroy this Buffer on every rank and make a new one."
+        )
 
     def post(self, cell: int, value: int) -> None:
         """Write one of this rank's cells, after all that this rank wrote before."""
@@ -207,6 +224,11 @@ class Board:
                 f"{phase}: an earlier call on this Buffer timed out waiting for rank {missed}. "
                 "Destroy this Buffer on every rank and make a new one."
             )
+        if missed == self._group.rank:
+            raise TransportError(
+                f"{phase}: rank {who} gave up waiting for rank {missed}, this one, which came too "
+                "late. Destroy this Buffer on every rank and make a new one."
+            )
         detail = f"rank {who} gave up waiting for rank {missed}, so this rank ends too"
         raise CommTimeout(phase, self._group.rank, [missed], self._timeout_s, detail)
 
@@ -224,6 +246,8 @@ def define_call(name: str, agreed: tuple[str, ...], own: tuple[str, ...] = ()) -
 def _shown(name: str, value: int) -> str:
     if name == "call" and value in CALLS:
         return CALLS[value].name
+    if value == -1:
+        return "none"
     if name.endswith("dtype") and 0 <= value < len(DTYPES):
         return DTYPES[value].name
     return str(value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,22 +13,25 @@ import numpy as np
 
 from epcomm import arguments, env, topology
 from epcomm.arguments import FLOAT32, INT32, INT64, Place, view_of
-from epcomm.arrays import BFLOAT16, CPU, ArrayView, view_numpy
+from epcomm.arrays import BFLOAT16, CPU, ArrayView, Device, packed_strides
 from epcomm.config import Config, check_num_sms
 from epcomm.engines.base import (
     Allocate,
     CombinePrecision,
+    CombineRequest,
     DispatchRequest,
     Engine,
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     LowLatencyShape,
+    StreamOrder,
 )
 from epcomm.engines.host import HostEngine
 from epcomm.engines.host_low_latency import region_bytes
 from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
 from epcomm.events import EventHandle, EventOverlap
 from epcomm.frameworks import Framework, framework_of, framework_of_dtype
+from epcomm.gpus import find_num_gpus, has_bulk_copies
 from epcomm.group import Group, as_group
 from epcomm.handle import DispatchHandle
 
@@ -105,10 +110,12 @@ class Buffer:
         self.enable_shrink = enable_shrink
         settings = env.settings()
         self.timeout_s = settings.timeout_s if timeout_s is None else timeout_s
-        if not 0 < self.timeout_s < float("inf"):
-            raise InvalidArgument(f"timeout_s is {timeout_s}; it must be a number of seconds > 0.")
+        if not isinstance(self.timeout_s, int | float) or not 0 < self.timeout_s < float("inf"):
+            raise InvalidArgument(
+                f"timeout_s is {timeout_s!r}; it must be a number of seconds > 0."
+            )
         wanted_engine = _choose_engine(engine or settings.engine)
-        ranks = as_group(self.group)
+        ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
         self.group_size = ranks.size
         self.id = next(_buffer_ids)
@@ -123,16 +130,33 @@ class Buffer:
             },
             self.timeout_s,
         )
-        self._topology = topology.discover(ranks, settings)
-        self._place = Place(CPU, ranks.size)
-        self._engine = HostEngine(
+        self._topology = topology.discover(ranks, settings, self.timeout_s)
+        self._engine = self._make_engine(ranks, wanted_engine, settings)
+
+    def _make_engine(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
+        if name == "host":
+            self._place = Place(CPU, ranks.size)
+            return HostEngine(
+                ranks,
+                self._topology,
+                num_bytes=self.num_nvl_bytes,
+                num_low_latency_bytes=self.num_rdma_bytes,
+                shm_dir=settings.shm_dir,
+                timeout_s=self.timeout_s,
+                can_mask=self.enable_shrink,
+                buffer_id=self.id,
+            )
+        from epcomm.engines.cuda import CudaEngine, current_device
+
+        device = current_device()
+        self._place = Place(Device("cuda", device), ranks.size)
+        return CudaEngine(
             ranks,
             self._topology,
+            device=device,
             num_bytes=self.num_nvl_bytes,
-            num_low_latency_bytes=self.num_rdma_bytes,
-            shm_dir=settings.shm_dir,
+            num_sms=lambda: Buffer.num_sms,
             timeout_s=self.timeout_s,
-            can_mask=enable_shrink,
             buffer_id=self.id,
         )
 
@@ -148,8 +172,14 @@ class Buffer:
     def destroy(self) -> None:
         """Let go of all shared memory. Every rank calls it; calling it again does nothing."""
         if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+            engine, self._engine = self._engine, None
+            engine.close(is_collective=True)
+
+    def __del__(self) -> None:
+        # Collected without destroy(), at a moment of its own: peers cannot be waited for.
+        engine = getattr(self, "_engine", None)
+        if engine is not None and not sys.is_finalizing():
+            engine.close(is_collective=False)
 
     @property
     def is_destroyed(self) -> bool:
@@ -201,8 +231,8 @@ class Buffer:
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Return whether kernels for Hopper GPUs are in use; the host engine has no kernels."""
-        return False
+        """Return whether this machine's GPU gets kernels for Hopper and later (sm_90)."""
+        return find_num_gpus() > 0 and has_bulk_copies()
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -210,9 +240,8 @@ class Buffer:
         return EventOverlap(EventHandle())
 
     def get_comm_stream(self) -> Any:
-        """Return the communication stream; None on the host engine, which has no streams."""
-        self._open()
-        return None
+        """Return the communication stream, a cupy.cuda.Stream; None on the host engine."""
+        return self._open().comm_stream()
 
     def get_local_buffer_tensor(
         self,
@@ -230,20 +259,27 @@ class Buffer:
             use_rdma_buffer: Take the memory of low-latency calls.
         """
         memory = self._open().local_memory(use_rdma_buffer)
-        framework, numpy_dtype = framework_of_dtype(dtype)
+        framework, numpy_dtype = framework_of_dtype(dtype, memory.device)
         skip = arguments.whole_number(offset, "offset", 0)
         itemsize = numpy_dtype.itemsize
         shape = ((memory.num_bytes - skip) // itemsize,) if size is None else tuple(size)
-        needed = skip + int(np.prod(shape)) * itemsize
-        if skip % itemsize or needed > memory.num_bytes or min(shape, default=0) < 0:
+        end = skip + math.prod(shape) * itemsize
+        if skip % itemsize or end > memory.num_bytes or min(shape, default=0) < 0:
             raise InvalidArgument(
-                f"size {list(shape)} of {numpy_dtype.name} from byte {skip} needs {needed} bytes, "
-                f"aligned to {itemsize}; the slab has {memory.num_bytes}. Ask for less, or pass "
-                "a larger num_nvl_bytes or num_rdma_bytes to the Buffer."
+                f"size {list(shape)} of {numpy_dtype.name} from byte {skip} ends at byte {end}; it "
+                f"must begin at a multiple of {itemsize} and end within the slab's "
+                f"{memory.num_bytes} bytes. Ask for less, or pass a larger num_nvl_bytes or "
+                "num_rdma_bytes to the Buffer."
             )
-        end = skip + int(np.prod(shape)) * itemsize
-        part = memory.numpy()[skip:end].view(numpy_dtype).reshape(shape)
-        return framework.finish(view_numpy(part))
+        return framework.finish(
+            replace(
+                memory,
+                ptr=memory.ptr + skip,
+                shape=shape,
+                strides=packed_strides(shape, numpy_dtype),
+                dtype=numpy_dtype,
+            )
+        )
 
     # --- layout, dispatch and combine ----------------------------------------------------------
 
@@ -280,14 +316,17 @@ class Buffer:
             dtypes=arguments.INDEX_DTYPES,
         )
         framework = framework_of(topk_idx, "topk_idx")
-        layout = engine.make_layout(idx, experts, self._allocate(framework))
+        with engine.active():
+            order = self._begin(framework, previous_event, async_finish, [topk_idx])
+            layout = engine.make_layout(idx, experts, self._allocate(framework, order))
+            event = self._end(framework, order, (topk_idx, layout))
         per_node = layout.num_tokens_per_node
         return (
             framework.finish(layout.num_tokens_per_rank),
             None if per_node is None else framework.finish(per_node),
             framework.finish(layout.num_tokens_per_expert),
             framework.finish(layout.is_token_in_rank),
-            _event(async_finish, topk_idx),
+            event,
         )
 
     def dispatch(
@@ -348,32 +387,39 @@ class Buffer:
         arguments.check_events(previous_event, async_finish, allocate_on_comm_stream)
         _check_config(config)
         framework, data, scales = arguments.view_rows(x, self._place)
-        allocate = self._allocate(framework)
+        topk = layout = known = None
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise InvalidArgument(
                     "topk_idx and topk_weights were passed with a handle; the handle already "
                     "holds the routes: pass one or the other."
                 )
-            known = arguments.check_handle(handle, self.id)
-            request = arguments.repeated_dispatch((data, scales), known, allocate)
+            known = arguments.check_handle(handle, self.id, data)
+            inputs = [x]
         else:
             topk = arguments.view_topk(topk_idx, topk_weights, data.shape[0], self._place)
-            layout = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
+            given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
             if num_experts is not None:
-                layout = self._layout_of(topk_idx, num_experts, layout)
+                given = self._layout_of(topk_idx, num_experts, given)
+            layout = arguments.view_layout(*given, data.shape[0], self._place)
+            inputs = [x, topk_idx, topk_weights, *given]
+        alignment = arguments.whole_number(expert_alignment, "expert_alignment", 1)
+        num_rows = arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0)
+        with engine.active():
+            order = self._begin(framework, previous_event, async_finish, inputs)
             request = DispatchRequest(
                 data=data,
                 scales=scales,
-                layout=arguments.view_layout(*layout, data.shape[0], self._place),
+                layout=layout,
                 topk=topk,
-                handle=None,
-                expert_alignment=arguments.whole_number(expert_alignment, "expert_alignment", 1),
-                num_worst_tokens=arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0),
-                allocate=allocate,
+                handle=known,
+                expert_alignment=alignment,
+                num_worst_tokens=num_rows,
+                num_sms=config.num_sms if config else None,
+                allocate=self._allocate(framework, order),
             )
-        result = engine.dispatch(request)
-        event = _event(async_finish, x)
+            result = engine.dispatch(request)
+            event = self._end(framework, order, (inputs, result))
         recv_x = _finish(framework, result.data, result.scales)
         if handle is not None:
             return recv_x, None, None, None, None, event
@@ -433,15 +479,25 @@ class Buffer:
         _check_config(config)
         known = arguments.check_handle(handle, self.id)
         framework = framework_of(x, "x")
-        request = arguments.combine_request(
-            x, known, topk_weights, bias, self._place, self._allocate(framework)
-        )
-        result = engine.combine(request)
+        views = arguments.view_combine(x, known, topk_weights, bias, self._place)
+        inputs = [x, topk_weights, bias]
+        with engine.active():
+            order = self._begin(framework, previous_event, async_finish, inputs)
+            request = CombineRequest(
+                data=views.data,
+                topk_weights=views.topk_weights,
+                biases=views.biases,
+                handle=known,
+                num_sms=config.num_sms if config else None,
+                allocate=self._allocate(framework, order),
+            )
+            result = engine.combine(request)
+            event = self._end(framework, order, (inputs, known, result))
         weights = result.topk_weights
         return (
             framework.finish(result.data),
             None if weights is None else framework.finish(weights),
-            _event(async_finish, (x, topk_weights, bias)),
+            event,
         )
 
     # --- low latency ---------------------------------------------------------------------------
@@ -522,7 +578,7 @@ class Buffer:
                 self.group_size,
                 INT64,
             ),
-            allocate=self._allocate(framework),
+            allocate=self._allocate(framework, None),
         )
         result = engine.low_latency_dispatch(request)
         if not return_recv_hook:
@@ -591,8 +647,13 @@ class Buffer:
         data = view_of(x, "x", place, shape=sizes, dtypes=(BFLOAT16,))
         idx = arguments.low_latency_topk(topk_idx, "num_tokens", place)
         num_tokens = idx.shape[0]
+        if num_tokens > shape.num_max_tokens:
+            raise InvalidArgument(
+                f"topk_idx has {num_tokens} tokens; the handle's dispatch took at most "
+                f"{shape.num_max_tokens}. Pass the topk_idx that was dispatched."
+            )
         if out is None:
-            out_view = framework.empty((num_tokens, shape.hidden), BFLOAT16, place.device)
+            out_view = framework.empty((num_tokens, shape.hidden), BFLOAT16, place.device, None)
         else:
             out_shape = (num_tokens, shape.hidden)
             out_view = view_of(
@@ -694,19 +755,57 @@ class Buffer:
         )
         return view, shape
 
-    def _allocate(self, framework: Framework) -> Allocate:
+    # --- streams -------------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        framework: Framework,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        inputs: Sequence[Any],
+    ) -> StreamOrder:
+        """Order the next call after the caller's work."""
+        if not framework.has_streams:
+            framework.wait_ready(inputs)
+        order = StreamOrder(
+            current_stream=framework.current_stream(self._place.device),
+            # Where memory of the current stream may be reused, waiting for it is the price.
+            waits_for_current=previous_event is None or not framework.tracks_streams,
+            previous_event=None if previous_event is None else previous_event.event,
+            is_async=async_finish,
+        )
+        self._open().begin(order)
+        return order
+
+    def _end(self, framework: Framework, order: StreamOrder, keep: Any) -> EventOverlap:
+        """Order the caller's work after the call; return the call's event."""
+        engine = self._open()
+        event = engine.end(order, keep)
+        if not framework.has_streams:
+            engine.synchronize()
+        return EventOverlap(event, (keep,)) if order.is_async else EventOverlap()
+
+    def _allocate(self, framework: Framework, order: StreamOrder | None) -> Allocate:
         device = self._place.device
-        return lambda shape, dtype: framework.empty(shape, dtype, device)
+        stream = None
+        if order is not None and not order.waits_for_current:
+            comm_stream = self._open().comm_stream()
+            stream = None if comm_stream is None else comm_stream.ptr
+        return lambda shape, dtype: framework.empty(shape, dtype, device, stream)
 
 
 def _choose_engine(wanted: str) -> str:
     if wanted not in env.ENGINES:
         raise InvalidArgument(f"engine is {wanted!r}; it must be one of {', '.join(env.ENGINES)}.")
-    if wanted == "cuda":
+    if wanted == "auto":
+        return "cuda" if find_num_gpus() > 0 else "host"
+    if wanted == "cuda" and find_num_gpus() == 0:
         raise UnsupportedConfig(
-            "engine='cuda' is not part of this version; use engine='host' with CPU arrays."
+            "engine='cuda' found no GPU that CuPy can use; install 'epcomm[cuda12]' or "
+            "'epcomm[cuda13]' where there is one (python -m epcomm info tells what was found), or "
+            "use engine='host' with CPU arrays."
         )
-    return "host"
+    return wanted
 
 
 def _agree_on_setup(group: Group, mine: dict[str, Any], timeout_s: float) -> None:
@@ -756,7 +855,7 @@ def _optional_stats(
 
 
 def _event(async_finish: bool, keep: Any) -> EventOverlap:
-    return EventOverlap(EventHandle(), (keep,)) if async_finish else EventOverlap()
+    return EventOverlap(EventHandle.passed(), (keep,)) if async_finish else EventOverlap()
 
 
 def _finish(framework: Framework, data: ArrayView, scales: ArrayView | None) -> Any:

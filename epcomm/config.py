@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from epcomm.errors import InvalidArgument
 
@@ -63,11 +64,11 @@ class Config:
 
 def check_num_sms(num_sms: int) -> None:
     """Raise InvalidArgument unless it is an even number of at least 2."""
-    if num_sms < 2 or num_sms % 2:
-        raise InvalidArgument(f"num_sms is {num_sms}; it must be even and at least 2.")
+    if not isinstance(num_sms, Integral) or num_sms < 2 or num_sms % 2:
+        raise InvalidArgument(f"num_sms is {num_sms!r}; it must be even and at least 2.")
 
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        if value < 1:
-            raise InvalidArgument(f"{name} is {value}; it must be at least 1.")
+        if not isinstance(value, Integral) or value < 1:
+            raise InvalidArgument(f"{name} is {value!r}; it must be a whole number of at least 1.")

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+from epcomm import streams
 
 
 class EventHandle:
     """A moment on the caller's current stream, recorded when this is made.
 
-    On the host engine every call is finished when it returns, so there is nothing to record.
+    Where no framework uses a GPU there is nothing to record, and waiting does nothing.
     """
+
+    def __init__(self) -> None:
+        stream = streams.current_stream()
+        self._event = None if stream is None else streams.record(stream)
+        self._stream_of: Callable[[], int | None] = streams.current_stream
+
+    @classmethod
+    def passed(cls) -> EventHandle:
+        """Return an event that has passed already."""
+        return cls.of(None, streams.current_stream)
+
+    @classmethod
+    def of(cls, event: Any, stream_of: Callable[[], int | None]) -> EventHandle:
+        """Return the handle of a recorded event.
+
+        Args:
+            event: From `epcomm.streams.record`, or None.
+            stream_of: Gives the stream that `current_stream_wait` makes wait.
+        """
+        handle = cls.__new__(cls)
+        handle._event = event
+        handle._stream_of = stream_of
+        return handle
 
     def current_stream_wait(self) -> None:
         """Make the current stream wait for the recorded moment."""
+        stream = self._stream_of()
+        if self._event is not None and stream is not None:
+            streams.wait(stream, self._event)
+
+    def stream_wait(self, stream: int) -> None:
+        """Make a stream wait for the recorded moment.
+
+        Args:
+            stream: Its handle.
+        """
+        if self._event is not None:
+            streams.wait(stream, self._event)
 
 
 class EventOverlap:

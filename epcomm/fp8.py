@@ -53,7 +53,7 @@ def cast_to_fp8(
         out_scales: ``[num_rows, num_scales]``, written: what an e4m3 value is multiplied with to
             get its row's value back.
     """
-    blocks = rows.astype(np.float32).reshape(len(rows), -1, BLOCK)
+    blocks = rows.astype(np.float32).reshape(len(rows), rows.shape[1] // BLOCK, BLOCK)
     amax = np.maximum(np.abs(blocks).max(axis=2), _MIN_AMAX)
     inverse = amax / _MAX
     if fp8 is Fp8Format.FLOAT_SCALES:

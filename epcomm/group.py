@@ -113,12 +113,15 @@ class ThreadGroup:
         limit_s = env.settings().timeout_s if timeout_s is None else timeout_s
         self._round += 1
         found = self._world.exchange(
-            (self._context, self._round), self.rank, self.size, obj, limit_s
+            (self._context, self._round), self.rank, self.size, (phase, obj), limit_s
         )
         if len(found) < self.size:
             missing = [rank for rank in range(self.size) if rank not in found]
             raise CommTimeout(phase, self.rank, missing, limit_s)
-        return [found[rank] for rank in range(self.size)]
+        for rank, (other, _) in found.items():
+            if other != phase:
+                raise _out_of_step(phase, rank, other)
+        return [found[rank][1] for rank in range(self.size)]
 
     def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
         """See `Group.barrier`."""
@@ -154,14 +157,15 @@ class _ThreadWorld:
             objects[rank] = obj
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: len(objects) == size or self.failure is not None, timeout_s
+                lambda: len(objects) == size or self.failure is not None,
+                min(timeout_s, threading.TIMEOUT_MAX),
             )
             if len(objects) < size:
                 self.check()
             takers.append(rank)
             if len(takers) == size:
                 del self._rounds[key]
-            return objects
+            return dict(objects)
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Remember the first failure and wake all that wait."""
@@ -218,6 +222,13 @@ def run_threads(fn: Callable[[Group], T], num_ranks: int) -> list[T]:
     return results
 
 
+def _out_of_step(phase: str, rank: int, theirs: str) -> TransportError:
+    return TransportError(
+        f"{phase}: rank {rank} is at {theirs!r}: an earlier exchange ended on some ranks only, or "
+        "ranks make different calls. Make the same call again on every rank."
+    )
+
+
 class MpiGroup:
     """An mpi4py communicator as a group.
 
@@ -226,10 +237,11 @@ class MpiGroup:
 
     Args:
         comm: The communicator. Collective over it at the first use of each communicator.
+        timeout_s: Deadline of that, in seconds; None takes EPCOMM_TIMEOUT_S.
     """
 
-    def __init__(self, comm: Any) -> None:
-        private = _private_comm(comm)
+    def __init__(self, comm: Any, timeout_s: float | None = None) -> None:
+        private = _private_comm(comm, timeout_s)
         self._init(private, range(private.comm.size), tag=0)
 
     def _init(self, private: _PrivateComm, ranks: Sequence[int], tag: int) -> None:
@@ -247,7 +259,7 @@ class MpiGroup:
         comm = self._private.comm
         this_round = self._private.next_round(self._tag)
         others = [rank for rank in range(self.size) if rank != self.rank]
-        message = (this_round, obj)
+        message = (this_round, phase, obj)
         sends = [comm.isend(message, dest=self._ranks[rank], tag=self._tag) for rank in others]
         received = {self.rank: obj}
 
@@ -257,12 +269,21 @@ class MpiGroup:
                     continue
                 matched = comm.improbe(source=self._ranks[rank], tag=self._tag)
                 if matched is not None:
-                    sent_round, sent = matched.recv()
-                    if sent_round == this_round:  # else: left over from a round that timed out
-                        received[rank] = sent
+                    sent_round, sent_phase, sent = matched.recv()
+                    if sent_round < this_round:
+                        continue  # left over from a round that timed out
+                    if (sent_round, sent_phase) != (this_round, phase):
+                        self._private.skip_to(self._tag, sent_round)
+                        raise _out_of_step(phase, rank, sent_phase)
+                    received[rank] = sent
             return len(received) == self.size and all(send.Test() for send in sends)
 
-        if not wait_until(is_done, deadline):
+        try:
+            is_in_time = wait_until(is_done, deadline)
+        except TransportError:
+            self._private.abandoned.extend(sends)
+            raise
+        if not is_in_time:
             self._private.abandoned.extend(sends)
             missing = [rank for rank in others if rank not in received]
             raise CommTimeout(phase, self.rank, missing, deadline.timeout_s)
@@ -290,10 +311,26 @@ class _PrivateComm:
     """epcomm's duplicate of a communicator, kept with it, and what its groups share."""
 
     def __init__(self, comm: Any) -> None:
-        self.comm = comm
+        self.comm, self._request = comm.Idup()
         self.free_tag = 1  # 0 is the whole communicator's
         self.abandoned: list[Any] = []  # sends that timed out: MPI may still read their buffers
         self._rounds: dict[int, int] = {}
+
+    def wait_made(self, rank: int, timeout_s: float) -> None:
+        """Wait until all ranks have made it; may be called again after a timeout."""
+        if self._request is not None:
+            if not wait_until(self._request.Test, Deadline(timeout_s)):
+                raise CommTimeout("duplicating comm", rank, [], timeout_s)
+            self._request = None
+
+    def free(self) -> None:
+        """Give the communicator back to MPI. Collective, as the freeing of the caller's is."""
+        if self._request is None:
+            self.comm.Free()
+
+    def skip_to(self, tag: int, this_round: int) -> None:
+        """Take part in a group's rounds again after a later one of its peers'."""
+        self._rounds[tag] = max(self._rounds[tag], this_round)
 
     def next_round(self, tag: int) -> int:
         self._rounds[tag] = self._rounds.get(tag, 0) + 1
@@ -303,7 +340,7 @@ class _PrivateComm:
 _private_comm_key: int | None = None
 
 
-def _private_comm(comm: Any) -> _PrivateComm:
+def _private_comm(comm: Any, timeout_s: float | None) -> _PrivateComm:
     """Return the communicator's private duplicate; made, collectively, at the first call."""
     global _private_comm_key
     from mpi4py import MPI
@@ -313,16 +350,15 @@ def _private_comm(comm: Any) -> _PrivateComm:
     if comm.Is_inter():
         raise InvalidArgument("comm is an intercommunicator; pass an intracommunicator (Merge()).")
     if _private_comm_key is None:
-        _private_comm_key = MPI.Comm.Create_keyval()
+        _private_comm_key = MPI.Comm.Create_keyval(
+            delete_fn=lambda _comm, _key, private: private.free()
+        )
     private = comm.Get_attr(_private_comm_key)
     if private is None:
-        duplicate, request = comm.Idup()
-        deadline = Deadline(env.settings().timeout_s)
-        if not wait_until(request.Test, deadline):
-            raise CommTimeout("duplicating comm", comm.rank, [], deadline.timeout_s)
-        private = _PrivateComm(duplicate)
+        private = _PrivateComm(comm)
         comm.Set_attr(_private_comm_key, private)
     assert isinstance(private, _PrivateComm)
+    private.wait_made(comm.rank, env.settings().timeout_s if timeout_s is None else timeout_s)
     return private
 
 
@@ -392,23 +428,25 @@ class TorchGroup:
         """Nothing to look at: torch.distributed tells of failures only where one waits."""
 
 
-def as_group(obj: Any) -> Group:
+def as_group(obj: Any, timeout_s: float | None = None) -> Group:
     """Return the Group for what a caller passes as one.
 
     Args:
         obj: An mpi4py communicator, a torch.distributed ProcessGroup, or a `Group`.
+        timeout_s: Deadline of the first use of a communicator, which is collective, in seconds;
+            None takes EPCOMM_TIMEOUT_S.
 
     Raises:
         InvalidArgument: ``obj`` is none of these.
     """
-    module = type(obj).__module__.partition(".")[0]
-    if module == "mpi4py":
-        return MpiGroup(obj)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and isinstance(obj, mpi.Comm):
+        return MpiGroup(obj, timeout_s)
     torch = sys.modules.get("torch")
     dist = getattr(torch, "distributed", None)
     if dist is not None and dist.is_available() and isinstance(obj, dist.ProcessGroup):
         return TorchGroup(obj)
-    if isinstance(obj, Group):
+    if isinstance(obj, Group) and not isinstance(obj, type):
         return obj
     raise InvalidArgument(
         f"group is a {type(obj).__name__}; it must be an mpi4py communicator, a torch.distributed "

@@ -38,6 +38,7 @@ class _Offer:
     pid: int
     key: str
     path: str
+    file: tuple[int, int]
     error: str = ""
 
 
@@ -85,14 +86,15 @@ class _OwnMemory:
     def __init__(self, num_bytes: int, shm_dir: str | None) -> None:
         self._fd = -1
         self._path = ""
+        self._file = (0, 0)
         self._key = secrets.token_hex(16)
         self.view: Bytes = np.empty(0, np.uint8)
         error = ""
         try:
             self._reserve(num_bytes, shm_dir)
-        except (OSError, ValueError, TransportError) as problem:
+        except (OSError, OverflowError, ValueError, TransportError) as problem:
             error = _no_memory(num_bytes, shm_dir, problem)
-        self.offer = _Offer(num_bytes, os.getpid(), self._key, self._peer_path(), error)
+        self.offer = _Offer(num_bytes, os.getpid(), self._key, self._peer_path(), self._file, error)
         with _slabs_here_lock:
             _slabs_here[self._key] = self.view
 
@@ -107,6 +109,7 @@ class _OwnMemory:
             path = os.path.join(shm_dir, name)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             self._path = path
+        self._file = _file_of(self._fd)
         # Pages are taken now: a full file system is an error here, not a SIGBUS later.
         os.posix_fallocate(self._fd, 0, num_bytes)
         self.view = _map(self._fd, num_bytes)
@@ -155,9 +158,18 @@ def _map_offer(offer: _Offer) -> Bytes:
                 return _slabs_here[offer.key]
     fd = os.open(offer.path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        # Where two containers have a process of the same number each, the path leads elsewhere.
+        if _file_of(fd) != offer.file:
+            raise OSError(f"{offer.path} is not the slab")
         return _map(fd, offer.num_bytes)
     finally:
         os.close(fd)
+
+
+def _file_of(fd: int) -> tuple[int, int]:
+    """Return what tells an open file from all others of this host."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
 
 
 def _check_free_memory(num_bytes: int) -> None:

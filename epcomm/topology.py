@@ -72,7 +72,17 @@ def from_hosts(rank: int, hosts: Sequence[str], ranks_per_node: Sequence[int | N
     return Topology(rank, tuple(names.index(host) for host in hosts))
 
 
-def discover(group: Group, settings: Settings) -> Topology:
-    """Find the nodes of a group. Collective."""
-    said = group.allgather((host_identity(), settings.ranks_per_node), phase="finding the nodes")
+def discover(group: Group, settings: Settings, timeout_s: float | None = None) -> Topology:
+    """Find the nodes of a group. Collective.
+
+    Args:
+        group: The ranks.
+        settings: This rank's.
+        timeout_s: Deadline in seconds; None takes EPCOMM_TIMEOUT_S.
+    """
+    said = group.allgather(
+        (host_identity(), settings.ranks_per_node),
+        timeout_s=timeout_s,
+        phase="finding the nodes",
+    )
     return from_hosts(group.rank, [host for host, _ in said], [ranks for _, ranks in said])

@@ -109,6 +109,33 @@ def run_ranks(
     return result
 
 
+def run_command(command: str, *, cwd: Path, timeout_s: float = 120.0) -> Result:
+    """Run a command line as users would type it, with this Python's programs first on PATH.
+
+    Args:
+        command: The line. No shell sees it.
+        cwd: Where to run it.
+        timeout_s: As for `run_ranks`.
+
+    Raises:
+        AssertionError: The exit code is not 0, or the deadline passed; the message shows both
+            streams.
+    """
+    words = shlex.split(command)
+    options, env = [], _clean_environment()
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
+    if words[0] == "mpiexec" and (mpiexec := find_mpiexec()) is not None:
+        options, mpi_env = _open_mpi_needs(mpiexec)
+        env |= mpi_env
+    program = shutil.which(words[0], path=env["PATH"])
+    if program is None:
+        raise FileNotFoundError(f"no {words[0]} beside this Python or on PATH")
+    result = _run([program, *options, *words[1:]], env, timeout_s, cwd)
+    if result.timed_out or result.returncode != 0:
+        raise AssertionError(str(result))
+    return result
+
+
 def _clean_environment() -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not _CLEANED.match(name)}
     env["PYTHONPATH"] = str(ROOT)
@@ -140,7 +167,9 @@ def _open_mpi_needs(mpiexec: str) -> tuple[list[str], dict[str, str]]:
     }
 
 
-def _run(command: list[str], env: dict[str, str], timeout_s: float) -> Result:
+def _run(
+    command: list[str], env: dict[str, str], timeout_s: float, cwd: Path | None = None
+) -> Result:
     launch_id = uuid.uuid4().hex
     shm_before = _mpi_shm_files()
     start = time.monotonic()
@@ -151,6 +180,7 @@ def _run(command: list[str], env: dict[str, str], timeout_s: float) -> Result:
     ):
         process = subprocess.Popen(
             command,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

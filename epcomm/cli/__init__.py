@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from epcomm import __version__
+from epcomm import __version__, env
 from epcomm.cli import demo, info
 from epcomm.cli.launch import run_on_ranks
+from epcomm.errors import InvalidArgument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="run N ranks as threads of this process (default: the ranks mpiexec started, or 4)",
     )
     args = parser.parse_args(argv)
+    try:
+        env.settings()
+    except InvalidArgument as error:
+        parser.error(str(error))
     if args.command == "info":
         return info.run(args)
     return max(run_on_ranks(lambda group: demo.run(args, group), args.threads))

@@ -2,51 +2,48 @@
 
 NumPy's BLAS starts as many threads as there are processors. Where every rank does, they wait for
 each other more than they compute: on 2 processors, 4 ranks took 13 times as long as with one
-thread each. The usual cure, OMP_NUM_THREADS, only works before NumPy is imported.
+thread each. OMP_NUM_THREADS helps as well, but only from before NumPy is imported.
 """
 
 from __future__ import annotations
 
-import ctypes
+import importlib.util
 import os
 import socket
-from pathlib import Path
 
 from epcomm.group import Group
 
-# By NumPy's own wheels, new and old, and by Linux distributions.
-OPENBLAS_NAMES = (
-    "scipy_openblas_{}_num_threads64_",
-    "scipy_openblas_{}_num_threads",
-    "openblas_{}_num_threads64_",
-    "openblas_{}_num_threads",
-)
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def share_processors(group: Group) -> None:
-    """Limit this process's OpenBLAS to the rank's part of its host's processors.
+def share_processors(group: Group) -> str:
+    """Limit the BLAS of this process to the rank's part of its host's processors. Collective.
 
-    Never raises a limit, and does nothing where NumPy uses another BLAS. The limit stays for the
-    rest of the process. Collective.
+    Never raises a limit. The limit stays for the rest of the process.
+
+    Returns:
+        What to tell the user: empty, or how to get the library that this needs.
     """
     hosts = group.allgather(socket.gethostname(), phase="demo: hosts")
-    try:
-        num_processors = len(os.sched_getaffinity(0))
-        maps = Path("/proc/self/maps").read_text()
-    except (AttributeError, OSError):  # not Linux
-        return
-    limit = max(1, num_processors // hosts.count(hosts[group.rank]))
-    for path in {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "openblas" in line}:
-        _limit_threads(path, limit)
+    num_ranks = hosts.count(hosts[group.rank])
+    if num_ranks == 1:
+        return ""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        if any(name in os.environ for name in _THREAD_VARIABLES):
+            return ""
+        return (
+            "threadpoolctl is not installed, so the ranks' matrix products compete for the "
+            "processors: pip install 'epcomm[demo]', or set OMP_NUM_THREADS=1"
+        )
+    from threadpoolctl import threadpool_info, threadpool_limits
 
-
-def _limit_threads(path: str, limit: int) -> None:
-    """Lower the number of threads of an OpenBLAS library that is already loaded."""
-    library = ctypes.CDLL(path)
-    for name in OPENBLAS_NAMES:
-        get = getattr(library, name.format("get"), None)
-        put = getattr(library, name.format("set"), None)
-        if get is not None and put is not None:
-            if get() > limit:
-                put(limit)
-            return
+    limit = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    # NOTE: every thread that plays a rank does it for itself: some libraries keep a limit a thread.
+    threadpool_limits(
+        [
+            library | {"num_threads": min(limit, library["num_threads"])}
+            for library in threadpool_info()
+            if library["user_api"] == "blas"
+        ]
+    )
+    return ""

@@ -133,7 +133,9 @@ def run(args: argparse.Namespace, group: Group) -> int:
         if group.rank == 0:
             print(f"epcomm demo: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_ARGUMENTS
-    share_processors(group)
+    advice = share_processors(group)
+    if advice and group.rank == 0 and not options.quiet:
+        print(advice, flush=True)
     return Demo(np, options, group, text).run()
 
 

@@ -20,7 +20,8 @@ _FRAMEWORKS = (
     ("torch", ("torch",), "torch"),
     ("jax", ("jax",), "jax"),
     ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda12"),
-    ("matplotlib", ("matplotlib",), "plot"),
+    ("matplotlib", ("matplotlib",), "demo"),
+    ("threadpoolctl", ("threadpoolctl",), "demo"),
 )
 
 Line = tuple[str, str]
@@ -71,23 +72,34 @@ def _describe_mpi() -> Iterator[Line]:
     try:
         from mpi4py import MPI
 
-        library = MPI.Get_library_version().splitlines()[0].strip().rstrip("\0")
-        yield "library", library
+        first_line = MPI.Get_library_version().rstrip("\0").splitlines()[0]
+        yield "library", " ".join(first_line.split())
     except (ImportError, RuntimeError) as error:
         yield "library", f"missing ({error}): pip install 'epcomm[mpich]'"
 
 
 def _describe_gpus() -> Iterator[Line]:
+    yield from _describe_driver()
+    cache = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    num_files = sum(1 for _ in cache.glob("*")) if cache.is_dir() else 0
+    yield "kernel cache", f"{cache} (CuPy's; {num_files} files)"
+
+
+def _describe_driver() -> Iterator[Line]:
     if not any(Path("/proc/driver/nvidia").glob("version")) and not shutil.which("nvidia-smi"):
         yield "driver", "none found: epcomm works on CPU arrays here (host engine)"
         return
     if importlib.util.find_spec("cupy") is None:
-        yield "CuPy", "missing: pip install 'epcomm[cuda12]' or 'epcomm[cuda13]'"
+        yield "CuPy", "missing: pip install 'epcomm[cuda12]', or 'epcomm[cuda13]' for CUDA 13"
         return
     import cupy
 
     runtime = cupy.cuda.runtime
-    count = runtime.getDeviceCount()
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        yield "driver", f"CuPy cannot use it: {error}"
+        return
     version = runtime.driverGetVersion()
     yield "driver", f"CUDA {version // 1000}.{version % 1000 // 10}"
     for index in range(count):

@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InvalidArgument(
             f"--plot {path}: matplotlib is not installed, and the picture is drawn with it. "
-            "Install it with: pip install epcomm[plot]"
+            "Install it with: pip install 'epcomm[demo]'"
         )
     from matplotlib.figure import Figure
 

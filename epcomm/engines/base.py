@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from epcomm.arrays import ArrayView
+from epcomm.events import EventHandle
 from epcomm.handle import DispatchHandle
 
 #: Makes memory for an output in the caller's framework: (shape, dtype) -> writable view.
@@ -18,6 +20,23 @@ Allocate = Callable[[tuple[int, ...], np.dtype[Any]], ArrayView]
 
 #: Most choices a token may have in a low-latency call.
 MAX_LOW_LATENCY_TOPK = 32
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """How one call is ordered against the caller's streams.
+
+    Attributes:
+        current_stream: Handle of the caller's current stream.
+        waits_for_current: Whether the call begins after what the current stream holds.
+        previous_event: Event after which the call begins, or None.
+        is_async: Whether the caller waits through an event; else its current stream waits here.
+    """
+
+    current_stream: int
+    waits_for_current: bool
+    previous_event: EventHandle | None
+    is_async: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,7 @@ class DispatchRequest:
         handle: An earlier dispatch to repeat, or None.
         expert_alignment: Expert counts are rounded up to it.
         num_worst_tokens: Rows of the output, or 0 for as many as arrive.
+        num_sms: Multiprocessors to use; None takes the default.
         allocate: Makes the outputs.
     """
 
@@ -67,6 +87,7 @@ class DispatchRequest:
     handle: DispatchHandle | None
     expert_alignment: int
     num_worst_tokens: int
+    num_sms: int | None
     allocate: Allocate
 
 
@@ -98,6 +119,7 @@ class CombineRequest:
         topk_weights: ``[num_recv_rows, num_topk] f32`` to sum alongside, or None.
         biases: Up to two ``[num_tokens, hidden]`` of the rows' dtype.
         handle: The dispatch that is undone.
+        num_sms: Multiprocessors to use; None takes the default.
         allocate: Makes the outputs.
     """
 
@@ -105,6 +127,7 @@ class CombineRequest:
     topk_weights: ArrayView | None
     biases: tuple[ArrayView, ...]
     handle: DispatchHandle
+    num_sms: int | None
     allocate: Allocate
 
 
@@ -236,6 +259,31 @@ class Engine(Protocol):
         """Return the bytes of shared memory that this rank holds."""
         ...
 
+    def active(self) -> AbstractContextManager[Any]:
+        """Return the context in which calls are made: the engine's device is current."""
+        ...
+
+    def begin(self, order: StreamOrder) -> None:
+        """Order the next call after what it has to wait for."""
+        ...
+
+    def end(self, order: StreamOrder, keep: Any) -> EventHandle:
+        """Order the caller after the call; return the call's event.
+
+        Args:
+            order: As given to `begin`.
+            keep: Arrays that must live until the event has passed.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait on the host until all calls are done; raise what went wrong in them."""
+        ...
+
+    def comm_stream(self) -> Any:
+        """Return the communication stream, None where there is none."""
+        ...
+
     def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
         """Count where this rank's tokens go. Not collective."""
         ...
@@ -272,6 +320,10 @@ class Engine(Protocol):
         """Mask or unmask a rank."""
         ...
 
-    def close(self) -> None:
-        """Let go of all memory. Not collective; may be called twice."""
+    def close(self, is_collective: bool) -> None:
+        """Let go of all memory; may be called twice.
+
+        Args:
+            is_collective: Whether all ranks close now. If not, nobody is waited for.
+        """
         ...

@@ -7,6 +7,7 @@ rows' final positions: one stage copy and one memcpy a row. Also the oracle of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm import routing
-from epcomm.arrays import DTYPES, ArrayView, view_numpy
+from epcomm.arrays import DTYPE_INDEX, ArrayView, view_numpy
 from epcomm.board import Board, define_call
 from epcomm.engines.base import (
     Allocate,
@@ -27,11 +28,13 @@ from epcomm.engines.base import (
     LowLatencyDispatchRequest,
     LowLatencyDispatchResult,
     LowLatencyShape,
+    StreamOrder,
     TopK,
 )
 from epcomm.engines.host_low_latency import HostLowLatency
 from epcomm.engines.sections import Sections, as_rows, gather_rows
 from epcomm.errors import InvalidArgument, UnsupportedConfig
+from epcomm.events import EventHandle
 from epcomm.group import Group
 from epcomm.handle import DispatchHandle
 from epcomm.slab import HostSlabs
@@ -117,6 +120,23 @@ class HostEngine:
         """See `Engine.slab_bytes`."""
         return self._slabs.num_bytes[self._group.rank] + self._low_latency.slab_bytes()
 
+    def active(self) -> AbstractContextManager[None]:
+        """See `Engine.active`."""
+        return nullcontext()
+
+    def begin(self, order: StreamOrder) -> None:
+        """See `Engine.begin`: calls are done when they return, so there is nothing to order."""
+
+    def end(self, order: StreamOrder, keep: Any) -> EventHandle:
+        """See `Engine.end`."""
+        return EventHandle.passed()
+
+    def synchronize(self) -> None:
+        """See `Engine.synchronize`."""
+
+    def comm_stream(self) -> None:
+        """See `Engine.comm_stream`."""
+
     def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
         """See `Engine.make_layout`."""
         idx = topk_idx.numpy()
@@ -152,7 +172,7 @@ class HostEngine:
         values = {
             **_row_values(request),
             "num_topk": topk.idx.shape[1] if topk else 0,
-            "topk_dtype": DTYPES.index(topk.idx.dtype) if topk else _NO_DTYPE,
+            "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
             "num_experts": len(per_expert),
             "expert_alignment": request.expert_alignment,
             "num_tokens": len(mask),
@@ -314,7 +334,7 @@ class HostEngine:
         values = {
             "handle": request.handle.serial,
             "hidden": data.shape[1],
-            "dtype": DTYPES.index(data.dtype),
+            "dtype": DTYPE_INDEX[data.dtype],
             "num_topk": _NO_DTYPE if weights is None else weights.shape[1],
         }
         self._board.agree(_COMBINE, values)
@@ -323,11 +343,14 @@ class HostEngine:
         num_tokens = request.handle.num_tokens
         out = request.allocate((num_tokens, data.shape[1]), data.dtype)
         biases = [bias.numpy() for bias in request.biases]
-        self._sum("data", staged, record.slots, biases, out.numpy())
-        if weights is None:
-            return CombineResult(out, None)
-        out_weights = request.allocate((num_tokens, weights.shape[1]), weights.dtype)
-        self._sum("weights", staged, record.slots, [], out_weights.numpy())
+        out_weights = None
+        if weights is not None:
+            out_weights = request.allocate((num_tokens, weights.shape[1]), weights.dtype)
+        # Infinities and NaNs are the caller's own values, as on a GPU: no warnings.
+        with np.errstate(all="ignore"):
+            self._sum("data", staged, record.slots, biases, out.numpy())
+            if out_weights is not None:
+                self._sum("weights", staged, record.slots, [], out_weights.numpy())
         return CombineResult(out, out_weights)
 
     def _stage_combine(
@@ -437,7 +460,7 @@ class HostEngine:
         """See `Engine.set_masked`."""
         self._board.masked[rank] = is_masked
 
-    def close(self) -> None:
+    def close(self, is_collective: bool) -> None:
         """See `Engine.close`."""
         self._board.close()
         self._slabs.close()
@@ -449,9 +472,9 @@ def _row_values(request: DispatchRequest) -> dict[str, int]:
     scales = request.scales
     return {
         "hidden": request.data.shape[1],
-        "dtype": DTYPES.index(request.data.dtype),
+        "dtype": DTYPE_INDEX[request.data.dtype],
         "num_scales": scales.shape[1] if scales else 0,
-        "scales_dtype": DTYPES.index(scales.dtype) if scales else _NO_DTYPE,
+        "scales_dtype": DTYPE_INDEX[scales.dtype] if scales else _NO_DTYPE,
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm.arrays import BFLOAT16, ArrayView, view_numpy
-from epcomm.board import LOW_LATENCY_SENT, Board, define_call
+from epcomm.board import LOW_LATENCY_RECEIVED, LOW_LATENCY_SENT, Board, define_call
 from epcomm.engines.base import (
     MAX_LOW_LATENCY_TOPK,
     CombinePrecision,
@@ -93,7 +93,8 @@ class HostLowLatency:
         self._timeout_s = timeout_s
         self._can_mask = can_mask
         self._num_calls = 0
-        self._num_unreceived = 0
+        #: Numbers of the calls whose hook was not called yet.
+        self._unreceived: set[int] = set()
         self._slabs = HostSlabs(group, [num_bytes] * group.size, shm_dir, timeout_s)
 
     def slab_bytes(self) -> int:
@@ -116,11 +117,16 @@ class HostLowLatency:
         return (call % _NUM_SLOTS) * (half // 64 * 64)
 
     def _check_unreceived(self, name: str) -> None:
-        if self._num_unreceived >= _NUM_SLOTS:
+        # The next call writes the slot of the one that was _NUM_SLOTS before it.
+        if self._num_received() <= self._num_calls - _NUM_SLOTS:
             raise InvalidArgument(
-                f"{name}: {self._num_unreceived} earlier low-latency results wait for their hook, "
-                f"and there are {_NUM_SLOTS} slots; call a hook() first. Nothing was sent."
+                f"{name}: {len(self._unreceived)} earlier low-latency results wait for their hook, "
+                f"and there are {_NUM_SLOTS} slots; call the oldest hook() first. Nothing was sent."
             )
+
+    def _num_received(self) -> int:
+        """Return the number of the last call up to which all were received here."""
+        return min(self._unreceived) - 1 if self._unreceived else self._num_calls
 
     def _on_missing(self) -> Callable[[Sequence[int]], None] | None:
         return self._mask if self._can_mask else None
@@ -132,18 +138,13 @@ class HostLowLatency:
         """Make room, where needed, and return the number of this call."""
         needed = region_bytes(shape)
         if needed > self.slab_bytes():
-            # Every rank comes to the same decision: the shape was agreed on.
-            if self._num_unreceived:
-                raise InvalidArgument(
-                    f"{name} needs {needed} bytes, more than the slots have, while an earlier "
-                    "result waits for its hook; call the hook first, or pass num_rdma_bytes="
-                    f"{needed} to the Buffer. Nothing was sent."
-                )
+            # Every rank comes to the same decision: the shape was agreed on. Results that wait for
+            # their hook keep the old slabs.
             self._slabs = HostSlabs(
                 self._group, [needed] * self._group.size, self._shm_dir, self._timeout_s
             )
         self._num_calls += 1
-        self._num_unreceived += 1
+        self._unreceived.add(self._num_calls)
         return self._num_calls
 
     def _receiver(
@@ -157,11 +158,16 @@ class HostLowLatency:
                 raise InvalidArgument(f"{name}: this hook was called before; call each hook once.")
             state["is_done"] = True
             stats = None if wait_stats is None else wait_stats.numpy()
-            self._board.wait(
-                LOW_LATENCY_SENT, call, f"{name}: rows", self._on_missing(), waited_us=stats
-            )
-            work()
-            self._num_unreceived -= 1
+            try:
+                self._board.wait(
+                    LOW_LATENCY_SENT, call, f"{name}: rows", self._on_missing(), waited_us=stats
+                )
+                work()
+            finally:
+                self._unreceived.discard(call)
+                self._board.post(LOW_LATENCY_RECEIVED, self._num_received())
+            if self._can_mask:
+                self._board.check_in_step(name)
 
         return receive
 
@@ -214,7 +220,7 @@ class HostLowLatency:
             "src_info": request.allocate((num_local, num_rows), int32),
             "layout_range": request.allocate((num_local, shape.num_ranks), int64),
         }
-        slabs = self._slabs
+        slabs = self._slabs.views
         name = "low_latency_dispatch"
 
         def work() -> None:
@@ -226,7 +232,7 @@ class HostLowLatency:
     def _gather(
         self,
         request: LowLatencyDispatchRequest,
-        slabs: HostSlabs,
+        slabs: Sequence[npt.NDArray[np.uint8]],
         staged: Sequence[Sections],
         result: dict[str, ArrayView],
         scales_view: ArrayView | None,
@@ -238,7 +244,7 @@ class HostLowLatency:
         src_info[...] = -1
         begin = np.zeros(shape.num_local_experts, np.int64)
         ranges = result["layout_range"].numpy()
-        for rank, (sections, slab) in enumerate(zip(staged, slabs.views, strict=True)):
+        for rank, (sections, slab) in enumerate(zip(staged, slabs, strict=True)):
             counts = np.zeros(shape.num_local_experts, np.int64)
             if not self._board.masked[rank]:
                 idx = sections.view(slab, "topk_idx")
@@ -284,12 +290,11 @@ class HostLowLatency:
             for expert, count in enumerate((ranges & 0xFFFFFFFF).sum(axis=1).tolist()):
                 np.copyto(staged[expert, :count], data[expert, :count])
         self._board.post(LOW_LATENCY_SENT, call)
-        slabs = self._slabs
+        slabs = self._slabs.views
 
         def work() -> None:
             views = [
-                (sections.view(slab, "data"), sections.view(slab, "layout_range"))
-                for slab in slabs.views
+                (sections.view(slab, "data"), sections.view(slab, "layout_range")) for slab in slabs
             ]
             self._sum(request, idx, views)
 
@@ -302,11 +307,25 @@ class HostLowLatency:
                 "the low-latency slots are too small for this handle's shape; dispatch with it "
                 "first, on this Buffer."
             )
+        name = "get_next_low_latency_combine_buffer"
+        self._check_unreceived(name)
+        # The caller writes it before the ranks meet in the call: wait for its last readers.
+        self._board.wait(
+            LOW_LATENCY_RECEIVED,
+            self._num_calls + 1 - _NUM_SLOTS,
+            f"{name}: peers' hooks",
+            self._on_missing(),
+        )
         sections = _combine_sections(shape, self._slot_start(self._num_calls + 1, shape))
         return view_numpy(sections.view(self._slabs.views[self._group.rank], "data"))
 
     def _check_zero_copy(self, request: LowLatencyCombineRequest) -> None:
-        wanted = self.next_combine_buffer(request.shape).ptr
+        sections = _combine_sections(
+            request.shape, self._slot_start(self._num_calls + 1, request.shape)
+        )
+        fits = sections.end <= self.slab_bytes()
+        slab = self._slabs.views[self._group.rank]
+        wanted = view_numpy(sections.view(slab, "data")).ptr if fits else 0
         if request.data.ptr != wanted:
             raise InvalidArgument(
                 "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 
-from epcomm.arrays import ArrayView, Device
+from epcomm.arrays import DTYPE_INDEX, ArrayView, Device
 from epcomm.errors import InvalidArgument
 
 
@@ -23,6 +24,11 @@ class Framework(Protocol):
     name: str
     #: Whether an array that callers hold may still be written.
     is_mutable: bool
+    #: Whether memory can be allocated for another stream than the current one, and freed safely.
+    tracks_streams: bool
+    #: Whether the framework's own work is ordered by a stream that callers can see. Where it is
+    #: not, calls wait on the host: for inputs before, for outputs after.
+    has_streams: bool
 
     def owns(self, array: Any) -> bool:
         """Return whether the array is one of this framework's."""
@@ -36,8 +42,18 @@ class Framework(Protocol):
         """
         ...
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> ArrayView:
-        """Return the view of new, writable, uninitialised, row-major memory for an output."""
+    def empty(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int | None
+    ) -> ArrayView:
+        """Return the view of new, writable, uninitialised, row-major memory for an output.
+
+        Args:
+            shape: Its shape.
+            dtype: Its dtype.
+            device: Where.
+            stream: Handle of the stream whose work may use it first, where that is not the
+                current one; only where ``tracks_streams``.
+        """
         ...
 
     def finish(self, view: ArrayView) -> Any:
@@ -47,6 +63,14 @@ class Framework(Protocol):
         """
         ...
 
+    def current_stream(self, device: Device) -> int:
+        """Return the handle of the caller's current stream; 0 on the CPU."""
+        ...
+
+    def wait_ready(self, arrays: Iterable[Any]) -> None:
+        """Wait on the host until arrays hold their values; only where not ``has_streams``."""
+        ...
+
 
 #: Module of the framework, as it stands in sys.modules, and module and class of its adapter.
 #: The first that owns an array serves it; anything else that speaks DLPack is served by the last.
@@ -54,6 +78,7 @@ _ADAPTERS: tuple[tuple[str, str, str], ...] = (
     ("numpy", "epcomm.frameworks.numpy", "NumpyFramework"),
     ("torch", "epcomm.frameworks.torch", "TorchFramework"),
     ("jax", "epcomm.frameworks.jax", "JaxFramework"),
+    ("cupy", "epcomm.frameworks.cupy", "CupyFramework"),
     ("numpy", "epcomm.frameworks.dlpack", "DLPackFramework"),
 )
 
@@ -91,11 +116,12 @@ def numpy_framework() -> Framework:
     return _adapter("epcomm.frameworks.numpy", "NumpyFramework")
 
 
-def framework_of_dtype(dtype: Any) -> tuple[Framework, np.dtype[Any]]:
+def framework_of_dtype(dtype: Any, device: Device) -> tuple[Framework, np.dtype[Any]]:
     """Return the framework that a dtype object belongs to, and the dtype as NumPy's.
 
     Args:
         dtype: A ``torch.dtype``, or anything that ``numpy.dtype`` takes.
+        device: Where the memory is: for NumPy's dtypes, arrays on a GPU are CuPy's.
 
     Raises:
         InvalidArgument: It is neither.
@@ -106,6 +132,12 @@ def framework_of_dtype(dtype: Any) -> tuple[Framework, np.dtype[Any]]:
 
         return _adapter("epcomm.frameworks.torch", "TorchFramework"), numpy_dtype(dtype, "dtype")
     try:
-        return numpy_framework(), np.dtype(dtype)
+        found = np.dtype(dtype)
     except TypeError as error:
         raise InvalidArgument(f"dtype is {dtype!r}; pass a NumPy or a torch dtype.") from error
+    if found not in DTYPE_INDEX:
+        names = ", ".join(known.name for known in DTYPE_INDEX)
+        raise InvalidArgument(f"dtype is {dtype!r}; it must be one of: {names}.")
+    if device.kind == "cuda":
+        return _adapter("epcomm.frameworks.cupy", "CupyFramework"), found
+    return numpy_framework(), found

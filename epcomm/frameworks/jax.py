@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jax.dlpack
 import numpy as np
 
-from epcomm.arrays import CPU, ArrayView, Device, empty_aligned, view_numpy
+from epcomm.arrays import ArrayView, Device, empty_aligned, packed_strides, view_numpy
 from epcomm.errors import InvalidArgument
 
 
@@ -17,6 +18,8 @@ class JaxFramework:
 
     name = "jax"
     is_mutable = False
+    tracks_streams = False
+    has_streams = False
 
     def owns(self, array: Any) -> bool:
         """Return whether it is a JAX array, a tracer included."""
@@ -29,32 +32,68 @@ class JaxFramework:
                 f"{name} is a tracer: this call stands inside jit, grad or vmap, where there is "
                 "no data yet. Call epcomm outside, on concrete arrays."
             )
+        if array.is_deleted():
+            raise InvalidArgument(f"{name} was donated or deleted; pass a live array.")
         devices = array.devices()
         if len(devices) != 1:
             raise InvalidArgument(
                 f"{name} is spread over {len(devices)} devices; pass the shard of this rank: "
                 f"{name}.addressable_shards[i].data."
             )
-        if array.is_deleted():
-            raise InvalidArgument(f"{name} was donated or deleted; pass a live array.")
         device = next(iter(devices))
-        if device.platform != "cpu":
+        if device.platform == "cpu":
+            return view_numpy(np.asarray(array))
+        if device.platform not in ("gpu", "cuda"):
             raise InvalidArgument(
-                f"{name} is on {device}; this engine works on CPU arrays. Pass "
-                f"jax.device_put({name}, jax.devices('cpu')[0])."
+                f"{name} is on {device}; epcomm takes arrays on CPUs and NVIDIA GPUs."
             )
-        return view_numpy(np.asarray(array))
+        return ArrayView(
+            ptr=array.unsafe_buffer_pointer(),
+            shape=array.shape,
+            strides=packed_strides(array.shape, array.dtype),
+            dtype=np.dtype(array.dtype),
+            device=Device("cuda", device.local_hardware_id),
+            is_readonly=True,
+            owner=array,
+        )
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> ArrayView:
-        """Make memory for an output. JAX adopts it without a copy because it is aligned."""
-        if device != CPU:
-            raise InvalidArgument(f"JAX arrays on {device} are not made by this engine.")
+    def empty(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int | None
+    ) -> ArrayView:
+        """Make memory for an output. JAX adopts it without a copy: it is aligned, or CuPy's."""
+        if device.kind == "cuda":
+            from epcomm.frameworks.cupy import CupyFramework
+
+            return CupyFramework().empty(shape, dtype, device, None)
         return view_numpy(empty_aligned(shape, dtype))
 
     def finish(self, view: ArrayView) -> Any:
         """Return the JAX array, or NumPy's where JAX cannot hold 64-bit values (x64 is off)."""
+        if view.device.kind == "cuda":
+            return self._adopt(view)
         array = view.numpy()
         if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             return array
         with jax.default_device(jax.devices("cpu")[0]):
-            return jnp.asarray(array)
+            # NOTE: jnp.asarray would copy; what device_put adopts nobody writes any more.
+            return jax.device_put(array, may_alias=True)
+
+    def _adopt(self, view: ArrayView) -> Any:
+        from epcomm.frameworks.cupy import CupyFramework
+
+        array = CupyFramework().finish(view)
+        if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+            return array
+        if view.strides != packed_strides(view.shape, view.dtype):
+            array = array.copy()
+        adopted = jax.dlpack.from_dlpack(array)
+        # CuPy has no fp8: such memory is uint8 until here.
+        return adopted if adopted.dtype == view.dtype else adopted.view(view.dtype)
+
+    def current_stream(self, device: Device) -> int:
+        """Return 0: JAX does not show its streams."""
+        return 0
+
+    def wait_ready(self, arrays: Iterable[Any]) -> None:
+        """Wait until JAX has computed the arrays."""
+        jax.block_until_ready(list(arrays))

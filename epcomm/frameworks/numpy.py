@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ class NumpyFramework:
 
     name = "numpy"
     is_mutable = True
+    tracks_streams = False
+    has_streams = True
 
     def owns(self, array: Any) -> bool:
         """Return whether it is a NumPy array."""
@@ -29,7 +32,9 @@ class NumpyFramework:
             )
         return view_numpy(array)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> ArrayView:
+    def empty(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int | None
+    ) -> ArrayView:
         """Make memory for an output."""
         if device != CPU:
             raise InvalidArgument(f"NumPy has no memory on {device}; pass CuPy arrays there.")
@@ -38,3 +43,10 @@ class NumpyFramework:
     def finish(self, view: ArrayView) -> Any:
         """Return the NumPy array."""
         return view.numpy()
+
+    def current_stream(self, device: Device) -> int:
+        """Return 0: the CPU has no streams."""
+        return 0
+
+    def wait_ready(self, arrays: Iterable[Any]) -> None:
+        """Nothing to wait for: NumPy computes at once."""

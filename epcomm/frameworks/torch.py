@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -41,11 +42,32 @@ def numpy_dtype(dtype: torch.dtype, name: str) -> np.dtype[Any]:
     return _NUMPY_OF_TORCH[dtype]
 
 
+class _CudaMemory:
+    """Raw memory for torch's reader of the CUDA array interface, which knows no 16-bit formats."""
+
+    def __init__(self, view: ArrayView) -> None:
+        self._owner = view.owner
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "data": (view.ptr, False),
+            "shape": (view.num_bytes,),
+            "typestr": "|u1",
+        }
+
+
+def _tensor_over(view: ArrayView) -> torch.Tensor:
+    """Return a tensor over GPU memory that torch did not allocate."""
+    raw = torch.as_tensor(_CudaMemory(view), device=str(view.device))
+    return raw.view(_TORCH_OF_NUMPY[view.dtype]).view(view.shape)
+
+
 class TorchFramework:
     """See `epcomm.frameworks.Framework`."""
 
     name = "torch"
     is_mutable = True
+    tracks_streams = True
+    has_streams = True
 
     def owns(self, array: Any) -> bool:
         """Return whether it is a torch tensor."""
@@ -76,15 +98,26 @@ class TorchFramework:
             owner=array,
         )
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> ArrayView:
+    def empty(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int | None
+    ) -> ArrayView:
         """Make memory for an output."""
-        tensor = torch.empty(shape, dtype=_TORCH_OF_NUMPY[dtype], device=str(device))
+        if stream is None:
+            tensor = torch.empty(shape, dtype=_TORCH_OF_NUMPY[dtype], device=str(device))
+        else:
+            current = torch.cuda.current_stream(device.index)
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream, device.index)):
+                tensor = torch.empty(shape, dtype=_TORCH_OF_NUMPY[dtype], device=str(device))
+            # The caller uses it on the current stream, so only after that may it be reused.
+            tensor.record_stream(current)
         return self.view(tensor, "output")
 
     def finish(self, view: ArrayView) -> Any:
         """Return the tensor."""
         if isinstance(view.owner, torch.Tensor):
             tensor = view.owner
+        elif view.device.kind == "cuda":
+            tensor = _tensor_over(view)
         else:  # memory of a slab
             raw = np.dtype(f"u{view.dtype.itemsize}")
             tensor = torch.from_numpy(view.numpy().view(raw)).view(_TORCH_OF_NUMPY[view.dtype])
@@ -92,3 +125,12 @@ class TorchFramework:
         if tensor.shape != view.shape or tensor.stride() != steps:
             tensor = torch.as_strided(tensor, view.shape, steps)
         return tensor
+
+    def current_stream(self, device: Device) -> int:
+        """Return the handle of the current stream; 0 on the CPU."""
+        if device.kind == "cpu":
+            return 0
+        return int(torch.cuda.current_stream(device.index).cuda_stream)
+
+    def wait_ready(self, arrays: Iterable[Any]) -> None:
+        """Nothing to wait for: tensors are ordered by the stream."""

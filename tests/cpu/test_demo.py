@@ -6,11 +6,12 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import ROOT
+from launch import ROOT, Result
 
 from epcomm.cli import blas, demo, exchange, plot, report, text
 from epcomm.cli.moe_model import (
@@ -26,6 +27,7 @@ from epcomm.group import Group, SingleGroup, run_threads
 TINY = ModelShape(
     context=3, embed=4, hidden=8, expert_hidden=6, num_experts=5, topk=2, num_layers=2
 )
+NEEDS_DEMO_EXTRA = "pip install 'epcomm[demo]'"
 SMALL = "--steps=3 --batch=20 --hidden=16 --expert-hidden=8 --experts=12 --context=4"
 
 
@@ -223,7 +225,7 @@ class TestArguments:
     ) -> None:
         no_matplotlib(monkeypatch)
         assert demo.run(parse("--plot", "x.png"), SingleGroup()) == demo.EXIT_BAD_ARGUMENTS
-        assert "pip install epcomm[plot]" in capsys.readouterr().err
+        assert "pip install 'epcomm[demo]'" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("path", "said"),
@@ -232,7 +234,7 @@ class TestArguments:
     def test_plot_that_cannot_be_written(
         self, path: str, said: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        pytest.importorskip("matplotlib", reason="pip install epcomm[plot]")
+        pytest.importorskip("matplotlib", reason=NEEDS_DEMO_EXTRA)
         assert demo.run(parse("--plot", path), SingleGroup()) == demo.EXIT_BAD_ARGUMENTS
         assert said in capsys.readouterr().err
 
@@ -271,7 +273,7 @@ class TestReport:
 
     @pytest.mark.parametrize("name", ["picture.png", "picture.svg"])
     def test_picture(self, tmp_path: Path, name: str) -> None:
-        pytest.importorskip("matplotlib", reason="pip install epcomm[plot]")
+        pytest.importorskip("matplotlib", reason=NEEDS_DEMO_EXTRA)
         plot.check_plot(tmp_path / name)
         plot.write_plot(tmp_path / name, make_report())
         start = (tmp_path / name).read_bytes()[:100]
@@ -306,7 +308,7 @@ class TestRun:
         assert done.stderr == ""
 
     def test_quiet_run_with_a_file_and_a_picture(self, tmp_path: Path) -> None:
-        pytest.importorskip("matplotlib", reason="pip install epcomm[plot]")
+        pytest.importorskip("matplotlib", reason=NEEDS_DEMO_EXTRA)
         path = tmp_path / "text.txt"
         path.write_bytes(b"one two three four five six seven eight. " * 50)
         arguments = ("--quiet", "--text", path, "--steps", 80, "--plot", tmp_path / "picture.png")
@@ -344,21 +346,42 @@ class TestRun:
         assert "check passed" not in shown.out
 
 
-def test_processors_are_shared_by_the_ranks_of_a_host() -> None:
-    program = (
-        "import os, ctypes, numpy\n"
-        "from pathlib import Path\n"
-        "from epcomm.cli import blas\n"
-        "from epcomm.group import run_threads\n"
-        "num_ranks = len(os.sched_getaffinity(0))\n"
-        "run_threads(blas.share_processors, num_ranks)\n"
-        "for line in Path('/proc/self/maps').read_text().splitlines():\n"
-        "    if 'openblas' in line:\n"
-        "        library = ctypes.CDLL(line.split()[-1])\n"
-        f"        for name in {blas.OPENBLAS_NAMES}:\n"
-        "            get = getattr(library, name.format('get'), None)\n"
-        "            assert get is None or get() == 1\n"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    env.pop("OMP_NUM_THREADS", None)
-    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=60)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_rank_passes_the_check_under_mpi(
+    mpiexec: Callable[..., Result], num_ranks: int
+) -> None:
+    result = mpiexec("demo_check", num_ranks, *SMALL.split())
+    assert result.stdout.count("check passed: 3 steps") == 1
+    assert result.stderr == ""
+
+
+class TestProcessors:
+    """Ranks of a host share its processors."""
+
+    def test_matrix_products_take_the_rank_s_part(self) -> None:
+        pytest.importorskip("threadpoolctl", reason=NEEDS_DEMO_EXTRA)
+        program = (
+            "import os, numpy, threadpoolctl\n"
+            "from epcomm.cli import blas\n"
+            "from epcomm.group import run_threads\n"
+            "num_ranks = len(os.sched_getaffinity(0))\n"
+            "assert not any(run_threads(blas.share_processors, num_ranks))\n"
+            "for library in threadpoolctl.threadpool_info():\n"
+            "    assert library['user_api'] != 'blas' or library['num_threads'] == 1, library\n"
+        )
+        env = {name: value for name, value in os.environ.items() if "_NUM_THREADS" not in name}
+        env["PYTHONPATH"] = str(ROOT)
+        subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=60)
+
+    def test_without_threadpoolctl_the_first_rank_says_what_to_install(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(blas.importlib.util, "find_spec", lambda name: None)
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        args = parse(*SMALL.split())
+        assert run_threads(lambda group: demo.run(args, group), 2) == [demo.EXIT_OK] * 2
+        assert capsys.readouterr().out.count("pip install 'epcomm[demo]'") == 1
+        assert blas.share_processors(SingleGroup()) == ""
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert run_threads(blas.share_processors, 2) == ["", ""]

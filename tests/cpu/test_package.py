@@ -90,7 +90,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert f"Version: {version}" in header
     assert "License-Expression: MIT" in header
     extras = {line.partition(": ")[2] for line in header if line.startswith("Provides-Extra")}
-    assert extras == {"mpich", "cuda12", "cuda13", "torch", "jax", "plot", "test", "dev"}
+    assert extras == {"mpich", "cuda12", "cuda13", "torch", "jax", "demo", "test", "dev"}
 
 
 def test_installed_wheel_finds_cuda_src(wheel: Path, tmp_path: Path) -> None:

@@ -1,0 +1,228 @@
+// Final positions of all rows, before any row moves.
+//
+// In:   is_token_in_rank [num_tokens, kNumRanks], num_tokens_per_expert [num_experts].
+// Out:  positions [num_tokens, kNumRanks] i32: each row's place on each receiver, or -1.
+//       work [rows from other ranks] {source rank, token, place here}, sources taking turns.
+//       counts [kNumRanks source, kNumRanks receiver] i32; summary, for later kernels; HostSummary,
+//       for the host.
+// Grid: kNumRanks blocks; block d speaks to receiver d and listens to source d. All fit on any GPU
+//       at once, and none waits for another block of its own grid.
+//
+// Ordering:
+//   header and expert counts for receiver d  -> release of my count cells   (block d)
+//   acquire of all count cells of d and me   -> first positions; compared headers (block me)
+//   tokens listed at receiver d              -> release of listed[me] at d  (block d)
+//   acquire of listed[d]                     -> reads of source d's list    (block d)
+// Lists have no second half: they are written only after all counts have arrived, when every
+// receiver is done with earlier calls.
+#include "comm/call.cuh"
+#include "comm/route_record.cuh"
+#include "common/types.cuh"
+
+namespace epcomm {
+
+// What the host waits for. In host memory.
+struct HostSummary {
+  u64 ticket;  // written last
+  i32 num_recv;
+  i32 max_tokens;
+  i32 expert_counts[kMaxLocalExperts];
+};
+
+struct RouteParams {
+  comm::Call call;
+  const bool* is_token_in_rank;
+  const i32* num_tokens_per_expert;
+  i32* positions;
+  comm::WorkItem* work;
+  i32* counts;
+  comm::RouteSummary* summary;
+  HostSummary* host;
+  u64 ticket;
+  u32 num_tokens;
+  u32 num_experts;
+  u32 num_worst_tokens;
+  u32 padding;
+};
+
+static_assert(sizeof(RouteParams) == kRouteParamsBytes, "epcomm/engines/cuda_params.py differs");
+
+// Header words that every rank's route fills, beside those that must agree.
+constexpr u32 kHeaderTokens = kNumAgreed;
+constexpr u32 kHeaderWorstTokens = kNumAgreed + 1;
+
+// Sums over the block. Returns the sum of lower threads; total gets the sum of all.
+__device__ inline u32 exclusive_scan(u32 value, u32* total) {
+  __shared__ u32 warp_sums[32];
+  u32 inclusive = value;
+  for (u32 step = 1; step < kWarpSize; step *= 2) {
+    const u32 other = __shfl_up_sync(kFullWarp, inclusive, step);
+    if (lane_index() >= step) inclusive += other;
+  }
+  if (lane_index() == kWarpSize - 1) warp_sums[warp_index()] = inclusive;
+  __syncthreads();
+  u32 before = 0, all = 0;
+  for (u32 warp = 0; warp < blockDim.x / kWarpSize; ++warp) {
+    if (warp == warp_index()) before = all;
+    all += warp_sums[warp];
+  }
+  __syncthreads();
+  *total = all;
+  return before + inclusive - value;
+}
+
+// Sends this rank's count for one receiver to all, and its header and expert counts to that one.
+__device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 receiver, u32 count) {
+  const comm::Call& call = params.call;
+  const u32 num_local = params.num_experts / kNumRanks;
+  i32* remote = slab::expert_counts(call.slabs, receiver, epoch, call.rank);
+  for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) {
+    remote[i] = params.num_tokens_per_expert[receiver * num_local + i];
+  }
+  if (threadIdx.x == 0) comm::put_header(call, epoch, receiver);
+  __syncthreads();
+  if (threadIdx.x < kNumRanks) {
+    ptx::st_release_sys_u64(slab::count_cell(call.slabs, threadIdx.x, epoch, call.rank, receiver),
+                            (u64(epoch) << 32) | count);
+  }
+}
+
+// Waits for all counts, into shared memory. By all threads; false when the call has failed.
+__device__ inline bool wait_counts(const comm::Call& call, u32 epoch, i32* counts) {
+  bool is_good = true;
+  if (threadIdx.x < kNumRanks * kNumRanks) {
+    const u32 source = threadIdx.x / kNumRanks, receiver = threadIdx.x % kNumRanks;
+    const u64* cell = slab::count_cell(call.slabs, call.rank, epoch, source, receiver);
+    is_good = comm::wait_cell(call, comm::kCounts, source, epoch, cell);
+    counts[threadIdx.x] = static_cast<i32>(static_cast<u32>(ptx::ld_acquire_sys_u64(cell)));
+  }
+  return __syncthreads_and(is_good);
+}
+
+// Whether headers agree, and every rank has room for what arrives. By one thread of the block that
+// listens to this rank itself; every rank comes to the same answer.
+__device__ inline bool check_headers(const comm::Call& call, u32 epoch, const i32* counts) {
+  if (!comm::headers_agree(call, epoch, kNumAgreed)) return false;
+  for (u32 receiver = 0; receiver < kNumRanks; ++receiver) {
+    const i32 room = slab::header(call.slabs, call.rank, epoch, receiver)[kHeaderWorstTokens];
+    i32 num_recv = 0;
+    for (u32 source = 0; source < kNumRanks; ++source) {
+      num_recv += counts[source * kNumRanks + receiver];
+    }
+    if (room > 0 && num_recv > room) {
+      volatile comm::FailureRecord* record = call.record;
+      record->peer = static_cast<i32>(receiver);
+      record->expected = static_cast<u32>(room);
+      record->seen = static_cast<u32>(num_recv);
+      __threadfence_system();
+      record->failure = comm::kTooManyRows;
+      return false;
+    }
+  }
+  return true;
+}
+
+// Sums expert counts and tells the host. By the block that listens to this rank itself.
+__device__ inline void tell_host(const RouteParams& params, u32 epoch, u32 num_recv) {
+  const comm::Call& call = params.call;
+  const u32 num_local = params.num_experts / kNumRanks;
+  for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) {
+    i32 sum = 0;
+    for (u32 source = 0; source < kNumRanks; ++source) {
+      sum += slab::expert_counts(call.slabs, call.rank, epoch, source)[i];
+    }
+    params.host->expert_counts[i] = sum;
+  }
+  if (threadIdx.x == 0) {
+    i32 max_tokens = 0;
+    for (u32 source = 0; source < kNumRanks; ++source) {
+      const i32 tokens = slab::header(call.slabs, call.rank, epoch, source)[kHeaderTokens];
+      if (tokens > max_tokens) max_tokens = tokens;
+    }
+    params.host->num_recv = static_cast<i32>(num_recv);
+    params.host->max_tokens = max_tokens;
+  }
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) ptx::st_release_sys_u64(&params.host->ticket, params.ticket);
+}
+
+// The place of a source's k-th row in the order in which rows are fetched: sources take turns.
+__device__ __forceinline__ u32 turn_of(const i32* counts, u32 me, u32 source, u32 k) {
+  u32 turn = 0;
+  for (u32 other = 0; other < kNumRanks; ++other) {
+    if (other == me) continue;
+    // Starting behind this rank, so that ranks do not all begin with the same peer.
+    const bool is_earlier =
+        (other + kNumRanks - me) % kNumRanks < (source + kNumRanks - me) % kNumRanks;
+    turn += min_of(static_cast<u32>(counts[other * kNumRanks + me]), k + (is_earlier ? 1u : 0u));
+  }
+  return turn;
+}
+
+}  // namespace epcomm
+
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    epcomm_route(const __grid_constant__ epcomm::RouteParams params) {
+  using namespace epcomm;
+  const comm::Call& call = params.call;
+  const u32 me = call.rank, other = blockIdx.x;
+  const u32 epoch = comm::begin(call);
+  __shared__ i32 counts[kNumRanks * kNumRanks];
+
+  // Neighbouring threads have neighbouring tokens' runs, so a scan over threads orders tokens.
+  const u32 run = ceil_div(params.num_tokens, blockDim.x);
+  const u32 begin = min_of(threadIdx.x * run, params.num_tokens);
+  const u32 end = min_of(begin + run, params.num_tokens);
+  u32 mine = 0;
+  for (u32 token = begin; token < end; ++token) {
+    mine += params.is_token_in_rank[u64(token) * kNumRanks + other];
+  }
+  u32 total;
+  u32 k = exclusive_scan(mine, &total);
+
+  bool is_good = comm::may_begin(call);
+  if (is_good) send_counts(params, epoch, other, total);
+  is_good = __syncthreads_and(is_good) && wait_counts(call, epoch, counts);
+  if (other == me) {
+    if (is_good && threadIdx.x == 0) is_good = check_headers(call, epoch, counts);
+    is_good = __syncthreads_and(is_good);
+    u32 num_recv = 0, num_own = counts[me * kNumRanks + me];
+    for (u32 source = 0; source < kNumRanks; ++source) num_recv += counts[source * kNumRanks + me];
+    if (threadIdx.x == 0) *params.summary = {num_recv, num_recv - num_own, is_good ? 1u : 0u, 0};
+    if (is_good) {
+      for (u32 i = threadIdx.x; i < kNumRanks * kNumRanks; i += blockDim.x) {
+        params.counts[i] = counts[i];
+      }
+      tell_host(params, epoch, num_recv);
+    }
+  }
+  if (is_good) {
+    u32 first = 0;
+    for (u32 source = 0; source < me; ++source) first += counts[source * kNumRanks + other];
+    i32* remote_list = slab::list(call.slabs, other, me);
+    for (u32 token = begin; token < end; ++token) {
+      const u64 at = u64(token) * kNumRanks + other;
+      const bool goes = params.is_token_in_rank[at];
+      params.positions[at] = goes ? static_cast<i32>(first + k) : -1;
+      if (goes) remote_list[k++] = static_cast<i32>(token);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      ptx::st_release_sys_u64(slab::listed_cell(call.slabs, other, me), u64(epoch) << 32);
+      is_good = comm::wait_cell(call, comm::kLists, other, epoch,
+                                slab::listed_cell(call.slabs, me, other));
+    }
+    is_good = __syncthreads_and(is_good);
+  }
+  if (is_good && other != me) {
+    u32 base = 0;
+    for (u32 source = 0; source < other; ++source) base += counts[source * kNumRanks + me];
+    const i32* tokens = slab::list(call.slabs, me, other);
+    for (u32 i = threadIdx.x; i < u32(counts[other * kNumRanks + me]); i += blockDim.x) {
+      params.work[turn_of(counts, me, other, i)] =
+          comm::WorkItem::make(other, static_cast<u32>(tokens[i]), base + i);
+    }
+  }
+  comm::finish(call, epoch);
+}

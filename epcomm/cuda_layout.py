@@ -1,0 +1,162 @@
+"""What a GPU slab holds and where: the one table, from which kernels get their constants.
+
+The fixed part comes first and never moves: cells, headers and expert counts. Behind it lie the
+areas, whose sizes follow from the most tokens and the longest rows of a call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from epcomm.errors import UnsupportedConfig
+
+MAX_RANKS = 8
+MAX_LOCAL_EXPERTS = 2048
+HEADER_WORDS = 16
+#: Header words in which all ranks must agree, by name and in order.
+AGREED = (
+    "call",
+    "handle",
+    "hidden",
+    "dtype",
+    "num_scales",
+    "scales_dtype",
+    "num_topk",
+    "topk_dtype",
+    "num_experts",
+    "expert_alignment",
+)
+#: Warps of a block of dispatch that stage; as many tokens share a flag.
+NUM_STAGE_WARPS = 16
+
+_ALIGNMENT = 256
+
+
+def _round_up(num_bytes: int, multiple: int = _ALIGNMENT) -> int:
+    return -(-num_bytes // multiple) * multiple
+
+
+def _fixed_offsets() -> tuple[dict[str, int], int]:
+    sizes = {
+        "kOffsetAbort": 8,
+        "kOffsetArrival": MAX_RANKS * 8,
+        "kOffsetHeaders": 2 * MAX_RANKS * HEADER_WORDS * 4,
+        "kOffsetCounts": 2 * MAX_RANKS * MAX_RANKS * 8,
+        "kOffsetListed": MAX_RANKS * 8,
+        "kOffsetExpertCounts": 2 * MAX_RANKS * MAX_LOCAL_EXPERTS * 4,
+    }
+    offsets, end = {}, 0
+    for name, num_bytes in sizes.items():
+        offsets[name] = end
+        end += _round_up(num_bytes)
+    return offsets, end
+
+
+OFFSETS, FIXED_BYTES = _fixed_offsets()
+
+
+@dataclass(frozen=True)
+class Areas:
+    """The areas of a slab, alike on all ranks.
+
+    Attributes:
+        num_ranks: Ranks of the group.
+        stage_bytes: Bytes of each of the stage's two halves.
+        slot_bytes: Bytes of each peer's slot.
+        list_tokens: Tokens that each source may list.
+    """
+
+    num_ranks: int
+    stage_bytes: int
+    slot_bytes: int
+    list_tokens: int
+
+    @property
+    def flag_units(self) -> int:
+        """Units that each source may send in one combine: a unit has at least one row."""
+        return self.list_tokens
+
+    @property
+    def stage_flag_units(self) -> int:
+        """Units that each source may stage in one dispatch."""
+        return -(-self.list_tokens // NUM_STAGE_WARPS)
+
+    @property
+    def lists_offset(self) -> int:
+        """Byte where the lists begin."""
+        return FIXED_BYTES
+
+    @property
+    def flags_offset(self) -> int:
+        """Byte where the unit flags begin."""
+        return self.lists_offset + _round_up(MAX_RANKS * self.list_tokens * 4)
+
+    @property
+    def stage_flags_offset(self) -> int:
+        """Byte where the stage's flags begin."""
+        return self.flags_offset + _round_up(MAX_RANKS * self.flag_units * 4)
+
+    @property
+    def stage_offset(self) -> int:
+        """Byte where the stage begins; flags and all before it have to be zeroed."""
+        return self.stage_flags_offset + _round_up(MAX_RANKS * self.stage_flag_units * 4)
+
+    @property
+    def slots_offset(self) -> int:
+        """Byte where the slots begin."""
+        return self.stage_offset + 2 * self.stage_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole slab."""
+        return self.slots_offset + (self.num_ranks - 1) * self.slot_bytes
+
+    def has_room_for(self, other: Areas) -> bool:
+        """Return whether a call that needs the other areas fits into these."""
+        return (
+            self.stage_bytes >= other.stage_bytes
+            and self.slot_bytes >= other.slot_bytes
+            and self.list_tokens >= other.list_tokens
+        )
+
+    def merged_with(self, other: Areas) -> Areas:
+        """Return the least areas that have room for either."""
+        return Areas(
+            self.num_ranks,
+            max(self.stage_bytes, other.stage_bytes),
+            max(self.slot_bytes, other.slot_bytes),
+            max(self.list_tokens, other.list_tokens),
+        )
+
+
+def areas_for(num_ranks: int, num_tokens: int, staged_row_bytes: int, slot_row_bytes: int) -> Areas:
+    """Return the areas that calls of so many tokens a rank need.
+
+    Args:
+        num_ranks: Ranks of the group, at most 8.
+        num_tokens: Most tokens that a rank passes.
+        staged_row_bytes: Bytes of a row of dispatch and all that travels with it.
+        slot_row_bytes: Bytes of a row of combine and its weights.
+    """
+    if num_ranks > MAX_RANKS:
+        raise UnsupportedConfig(
+            f"the group has {num_ranks} ranks on one node; the cuda engine takes {MAX_RANKS}."
+        )
+    return Areas(
+        num_ranks,
+        _round_up(num_tokens * staged_row_bytes),
+        _round_up(num_tokens * slot_row_bytes),
+        _round_up(num_tokens, 64),
+    )
+
+
+def constants(num_ranks: int) -> dict[str, int]:
+    """Return the constants of this table for kernels of a group of so many ranks."""
+    return {
+        "kNumRanks": num_ranks,
+        "kMaxRanks": MAX_RANKS,
+        "kMaxLocalExperts": MAX_LOCAL_EXPERTS,
+        "kNumAgreed": len(AGREED),
+        "kNumStageWarps": NUM_STAGE_WARPS,
+        **OFFSETS,
+    }

@@ -1,0 +1,179 @@
+"""GPU slabs: one cudaMalloc allocation a rank, mapped by all ranks of the node.
+
+Between processes the mapping goes through CUDA IPC, which exports whole allocations and so fits a
+slab of our own and nothing else; between threads of one process it is the plain pointer, with peer
+access where the GPUs differ.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from epcomm.errors import EpcommError, PeerMapError, TransportError, UnsupportedConfig
+from epcomm.group import Group
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a rank tells its peers of its slab."""
+
+    pid: int
+    device: int
+    bus_id: str
+    ptr: int
+    handle: bytes
+    error: str
+
+
+class CudaSlabs:
+    """The slabs of all ranks as this rank's GPU addresses them. Collective.
+
+    Args:
+        group: Ranks of one node.
+        device: This rank's GPU; current in this thread.
+        num_bytes: Size of every slab.
+        num_zeroed_bytes: Bytes at its beginning that are zeroed before any peer can see them.
+        timeout_s: Deadline of the exchange, in seconds.
+
+    Raises:
+        TransportError: Some rank has not enough GPU memory. Every rank raises it.
+        UnsupportedConfig: Two GPUs cannot reach each other. Every rank raises it.
+        PeerMapError: Some rank cannot map a peer's slab. Every rank raises it.
+    """
+
+    def __init__(
+        self, group: Group, device: int, num_bytes: int, num_zeroed_bytes: int, timeout_s: float
+    ) -> None:
+        self.num_bytes = num_bytes
+        self._group = group
+        self._timeout_s = timeout_s
+        self._opened: list[int] = []
+        self._own, error = _allocate(num_bytes, num_zeroed_bytes)
+        offer = _make_offer(device, self._own, error)
+        offers: list[_Offer] = group.allgather(
+            offer, timeout_s=timeout_s, phase="exchanging GPU slabs"
+        )
+        _raise_first(TransportError, [each.error for each in offers])
+        unreachable = _find_unreachable(offers, group.rank)
+        found = group.allgather(unreachable, timeout_s=timeout_s, phase="looking for peer access")
+        _raise_first(UnsupportedConfig, found)
+        #: Address of every rank's slab, by rank.
+        self.ptrs: tuple[int, ...] = ()
+        ptrs, error = self._map_all(offers)
+        errors = group.allgather(error, timeout_s=timeout_s, phase="mapping GPU slabs")
+        _raise_first(PeerMapError, errors)
+        self.ptrs = tuple(ptrs)
+
+    def _map_all(self, offers: Sequence[_Offer]) -> tuple[list[int], str]:
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        ptrs = []
+        for peer, offer in enumerate(offers):
+            try:
+                if offer.pid == os.getpid():
+                    _enable_peer_access(offers[self._group.rank].device, offer.device)
+                    ptrs.append(offer.ptr)
+                else:
+                    ptr = runtime.ipcOpenMemHandle(offer.handle, 1)  # lazy peer access
+                    self._opened.append(ptr)
+                    ptrs.append(ptr)
+            except runtime.CUDARuntimeError as problem:
+                return [], (
+                    f"rank {self._group.rank} cannot map the GPU slab of rank {peer} (GPU "
+                    f"{offer.bus_id}): {problem}. Every process must see all GPUs of the node: "
+                    "leave CUDA_VISIBLE_DEVICES alike and choose the GPU with "
+                    "cupy.cuda.Device(i).use() or torch.cuda.set_device(i)."
+                )
+        return ptrs, ""
+
+    def close(self, is_collective: bool) -> None:
+        """Unmap the peers' slabs, and free the own one.
+
+        Args:
+            is_collective: Whether all ranks close now. If not, the own slab stays allocated until
+                the process ends: peers may still have it mapped.
+        """
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        for ptr in self._opened:
+            runtime.ipcCloseMemHandle(ptr)
+        self._opened.clear()
+        own, self._own = self._own, 0
+        self.ptrs = ()
+        if own and is_collective:
+            try:
+                self._group.barrier(timeout_s=self._timeout_s, phase="closing GPU slabs")
+            except TransportError:
+                return  # a peer is gone or late and may still use the slab: it stays
+            runtime.free(own)
+
+
+def _allocate(num_bytes: int, num_zeroed_bytes: int) -> tuple[int, str]:
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    try:
+        ptr = int(runtime.malloc(num_bytes))
+        runtime.memset(ptr, 0, num_zeroed_bytes)
+        runtime.deviceSynchronize()
+        return ptr, ""
+    except runtime.CUDARuntimeError as problem:
+        free = runtime.memGetInfo()[0]
+        return 0, (
+            f"no room for a GPU slab of {num_bytes / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are "
+            f"free: {problem}. Pass fewer tokens a call or a smaller num_nvl_bytes, or leave more "
+            "to it (torch: PYTORCH_CUDA_ALLOC_CONF, JAX: XLA_PYTHON_CLIENT_MEM_FRACTION)."
+        )
+
+
+def _make_offer(device: int, ptr: int, error: str) -> _Offer:
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    handle = runtime.ipcGetMemHandle(ptr) if ptr else b""
+    bus_id = runtime.deviceGetPCIBusId(device)
+    return _Offer(os.getpid(), device, bus_id, ptr, handle, error)
+
+
+def _find_unreachable(offers: Sequence[_Offer], rank: int) -> str:
+    """Return what is wrong, or an empty string. GPUs this process does not see are left to IPC."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    mine = offers[rank]
+    for peer, offer in enumerate(offers):
+        try:
+            device = runtime.deviceGetByPCIBusId(offer.bus_id)
+        except runtime.CUDARuntimeError:
+            continue
+        if device != mine.device and not runtime.deviceCanAccessPeer(mine.device, device):
+            return (
+                f"GPU {mine.bus_id} (rank {rank}) has no peer access to GPU {offer.bus_id} (rank "
+                f"{peer}); the cuda engine needs NVLink or PCIe peer access between all ranks of "
+                "a node. Use engine='host' with CPU arrays."
+            )
+    return ""
+
+
+def _enable_peer_access(device: int, peer: int) -> None:
+    import cupy
+
+    if device == peer:
+        return
+    runtime = cupy.cuda.runtime
+    try:
+        runtime.deviceEnablePeerAccess(peer)
+    except runtime.CUDARuntimeError as problem:
+        if "PeerAccessAlreadyEnabled" not in str(problem):
+            raise
+
+
+def _raise_first(kind: type[EpcommError], errors: Sequence[Any]) -> None:
+    for rank, error in enumerate(errors):
+        if error:
+            raise kind(f"rank {rank}: {error}")

@@ -1,0 +1,666 @@
+"""The cuda engine: ranks of one node move rows over NVLink with the kernels of cuda_src.
+
+The host decides and launches; it waits only for the number of arriving rows, so that outputs can
+be allocated, and not even for that where the caller fixes the number (``num_worst_tokens``) or
+the routes are known (a handle).
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+import numpy.typing as npt
+
+from epcomm import cuda_layout, streams
+from epcomm.arrays import DTYPE_INDEX, ArrayView, Device
+from epcomm.cuda_layout import AGREED, NUM_STAGE_WARPS, Areas, areas_for
+from epcomm.cuda_slab import CudaSlabs
+from epcomm.engines import cuda_failures, cuda_params, cuda_tuning
+from epcomm.engines.base import (
+    Allocate,
+    CombineRequest,
+    CombineResult,
+    DispatchRequest,
+    DispatchResult,
+    LayoutViews,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchResult,
+    LowLatencyShape,
+    StreamOrder,
+    TopK,
+)
+from epcomm.errors import CommTimeout, InvalidArgument, UnsupportedConfig
+from epcomm.events import EventHandle
+from epcomm.gpus import has_bulk_copies
+from epcomm.group import Group
+from epcomm.handle import DispatchHandle
+from epcomm.jit import kernels
+from epcomm.jit.launch import launch
+from epcomm.routing import round_up
+from epcomm.topology import Topology
+
+#: Tokens a rank that lists have room for at least; a call with more makes no list of its own.
+MIN_LIST_TOKENS = 8192
+#: Where more bytes are reserved, lists have room for as many tokens as rows of this size.
+LIST_ROW_BYTES = 1024
+_ROUTE_THREADS = 1024
+_WORD = 4
+_NO_DTYPE = -1
+#: Polls of the host's wait for counts that only give up the processor.
+_POLLS_BEFORE_DEADLINE = 256
+
+
+@dataclass(frozen=True)
+class _StreamHandle:
+    """A caller's stream, as far as launching needs one."""
+
+    ptr: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Routing:
+    """A handle's record: device memory that route.cu fills.
+
+    Attributes:
+        positions: ``[num_tokens, num_ranks] int32``.
+        work: Rows to fetch, two words each.
+        counts: ``[num_ranks, num_ranks] int32``.
+        summary: RouteSummary.
+        max_tokens: Most tokens of any rank; this rank's where only the device knows.
+        is_exact: Whether ``max_tokens`` is known.
+    """
+
+    positions: Any
+    work: Any
+    counts: Any
+    summary: Any
+    max_tokens: int
+    is_exact: bool
+
+
+class CudaEngine:
+    """See `epcomm.engines.base.Engine`. Construction is collective.
+
+    Args:
+        group: The ranks, all on one node.
+        topology: Their nodes.
+        device: This rank's GPU.
+        num_bytes: Bytes to reserve for throughput calls; grows when a call needs more.
+        num_sms: Gives the multiprocessors of a call without a config.
+        timeout_s: Deadline of every wait, in seconds.
+        buffer_id: Marks the handles of this engine's Buffer.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        group: Group,
+        topology: Topology,
+        device: int,
+        num_bytes: int,
+        num_sms: Callable[[], int],
+        timeout_s: float,
+        buffer_id: int,
+    ) -> None:
+        if topology.num_nodes > 1:
+            raise UnsupportedConfig(
+                f"the group spans {topology.num_nodes} nodes {topology.node_of_rank}, and the cuda "
+                "engine moves rows inside one. Use one Buffer a node, or unset "
+                "EPCOMM_RANKS_PER_NODE."
+            )
+        self._group = group
+        self._device = device
+        self._num_sms = num_sms
+        self._timeout_s = timeout_s
+        self._buffer_id = buffer_id
+        self._num_dispatches = 0
+        self._tickets = itertools.count(1)
+        self._is_closed = False
+        self._kept: deque[tuple[Any, Any]] = deque()
+        self._captured: list[Any] = []
+        with cupy.cuda.Device(device):
+            attributes = cupy.cuda.Device(device).attributes
+            self._num_multiprocessors = int(attributes["MultiProcessorCount"])
+            self._has_bulk = has_bulk_copies()
+            self._comm_stream = cupy.cuda.Stream(non_blocking=True)
+            # Where the call in hand runs, and where the last one ended.
+            self._stream: Any = self._comm_stream
+            self._last_event: Any = None
+            self._last_ptr = 0
+            self._is_capturing = False
+            self._state = cupy.zeros(cuda_params.CALL_STATE_BYTES, np.uint8)
+            self._record = _pinned(cuda_params.FAILURE_RECORD)
+            self._summary = _pinned(cuda_params.HOST_SUMMARY)
+            cupy.cuda.runtime.deviceSynchronize()
+            self._areas = _first_areas(group.size, num_bytes)
+            self._slabs = self._make_slabs()
+            self._call = self._make_call()
+
+    def _make_slabs(self) -> CudaSlabs:
+        areas = self._areas
+        return CudaSlabs(
+            self._group, self._device, areas.num_bytes, areas.stage_offset, self._timeout_s
+        )
+
+    def _make_call(self) -> bytes:
+        """Return the part of every kernel's argument that only changes when slabs grow."""
+        call = np.zeros((), cuda_params.CALL)
+        slabs, areas = call["slabs"], self._areas
+        slabs["base"][: self._group.size] = self._slabs.ptrs
+        for name in ("lists", "flags", "stage_flags", "stage", "slots"):
+            slabs[f"{name}_offset"] = getattr(areas, f"{name}_offset")
+        for name in ("stage_bytes", "slot_bytes", "list_tokens", "flag_units", "stage_flag_units"):
+            slabs[name] = getattr(areas, name)
+        call["state"] = self._state.data.ptr
+        call["record"] = self._record.ctypes.data
+        call["timeout_ns"] = int(self._timeout_s * 1e9)
+        call["rank"] = self._group.rank
+        return call.tobytes()
+
+    def slab_bytes(self) -> int:
+        """See `Engine.slab_bytes`."""
+        return self._areas.num_bytes
+
+    def comm_stream(self) -> Any:
+        """See `Engine.comm_stream`: a cupy.cuda.Stream."""
+        return self._comm_stream
+
+    def local_memory(self, is_low_latency: bool) -> ArrayView:
+        """See `Engine.local_memory`."""
+        if is_low_latency:
+            raise _no_low_latency()
+        size = self._areas.num_bytes
+        return ArrayView(
+            ptr=self._slabs.ptrs[self._group.rank],
+            shape=(size,),
+            strides=(1,),
+            dtype=np.dtype(np.uint8),
+            device=Device("cuda", self._device),
+            is_readonly=False,
+            owner=self._slabs,
+        )
+
+    # --- streams -------------------------------------------------------------------------------
+
+    def active(self) -> AbstractContextManager[Any]:
+        """See `Engine.active`."""
+        device: AbstractContextManager[Any] = cupy.cuda.Device(self._device)
+        return device
+
+    def begin(self, order: StreamOrder) -> None:
+        """See `Engine.begin`.
+
+        A call that the caller's stream waits for anyway runs on that stream: it saves two events
+        and their latency. All calls of an engine stay in one order, whatever streams they run on.
+        """
+        self._raise_failures()
+        while self._kept and self._kept[0][0].done:
+            self._kept.popleft()
+        self._is_capturing = streams.is_capturing(order.current_stream)
+        if order.waits_for_current and order.previous_event is None and not order.is_async:
+            self._stream = _StreamHandle(order.current_stream)
+        else:
+            self._stream = self._comm_stream
+            if order.previous_event is not None:
+                order.previous_event.stream_wait(self._stream.ptr)
+            if order.waits_for_current:
+                streams.wait(self._stream.ptr, streams.record(order.current_stream))
+        is_elsewhere = self._last_event is not None and self._last_ptr != self._stream.ptr
+        if is_elsewhere and not self._is_capturing:
+            streams.wait(self._stream.ptr, self._last_event)
+
+    def end(self, order: StreamOrder, keep: Any) -> EventHandle:
+        """See `Engine.end`."""
+        event = streams.record(self._stream.ptr)
+        if self._is_capturing:
+            # A replay uses the same memory again, for as long as the graph lives.
+            self._captured.append((event, keep))
+        else:
+            self._last_event, self._last_ptr = event, self._stream.ptr
+            if order.is_async:
+                self._kept.append((event, keep))
+        stream = order.current_stream
+        if not order.is_async and self._stream.ptr != stream:
+            streams.wait(stream, event)
+        return EventHandle.of(event, lambda: stream)
+
+    def synchronize(self) -> None:
+        """See `Engine.synchronize`."""
+        self._wait_all()
+        self._raise_failures()
+
+    def _wait_all(self) -> None:
+        self._comm_stream.synchronize()
+        cupy.cuda.runtime.streamSynchronize(self._stream.ptr)
+        if self._last_event is not None:
+            self._last_event.synchronize()
+
+    def _raise_failures(self) -> None:
+        error = cuda_failures.error_in(
+            self._record, self._group.rank, self._group.size, self._timeout_s
+        )
+        if error is not None:
+            raise error
+
+    # --- layout --------------------------------------------------------------------------------
+
+    def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
+        """See `Engine.make_layout`."""
+        num_ranks = self._group.size
+        self._check_experts(num_experts)
+        per_rank = allocate((num_ranks,), np.dtype(np.int32))
+        per_expert = allocate((num_experts,), np.dtype(np.int32))
+        in_rank = allocate((topk_idx.shape[0], num_ranks), np.dtype(np.bool_))
+        params = np.zeros((), cuda_params.LAYOUT)
+        params["topk_idx"] = topk_idx.ptr
+        params["num_tokens_per_rank"] = per_rank.ptr
+        params["num_tokens_per_expert"] = per_expert.ptr
+        params["is_token_in_rank"] = in_rank.ptr
+        params["record"] = self._record.ctypes.data
+        params["num_tokens"], params["num_topk"] = topk_idx.shape
+        params["num_experts"] = num_experts
+        params["is_64_bit"] = topk_idx.dtype.itemsize == 8
+        launch(
+            kernels.layout_spec(num_ranks),
+            stream=self._stream,
+            num_blocks=1,
+            num_threads=_ROUTE_THREADS,
+            params=params,
+            shared_bytes=(num_experts + num_ranks) * 4,
+        )
+        return LayoutViews(per_rank, None, per_expert, in_rank)
+
+    def _check_experts(self, num_experts: int) -> None:
+        most = cuda_layout.MAX_LOCAL_EXPERTS * self._group.size
+        if num_experts > most:
+            raise InvalidArgument(
+                f"num_experts is {num_experts}; the cuda engine takes at most "
+                f"{cuda_layout.MAX_LOCAL_EXPERTS} a rank, {most} here."
+            )
+
+    # --- dispatch ------------------------------------------------------------------------------
+
+    def dispatch(self, request: DispatchRequest) -> DispatchResult:
+        """See `Engine.dispatch`."""
+        _check_aligned(request.data, "x")
+        if request.handle is not None:
+            return self._dispatch_again(request, request.handle)
+        assert request.layout is not None  # the Buffer gives one of the two
+        num_experts = request.layout.num_tokens_per_expert.shape[0]
+        self._check_experts(num_experts)
+        self._num_dispatches += 1
+        serial = self._num_dispatches
+        num_tokens = request.data.shape[0]
+        staged = _staged_row_bytes(request)
+        header = self._header("dispatch", 0, request, num_experts)
+        if request.num_worst_tokens:
+            self._check_room(num_tokens, staged)
+        ticket = self._route(request, header, num_experts)
+        record, num_recv = self._route_result, request.num_worst_tokens
+        counts: list[int] = []
+        if not request.num_worst_tokens:
+            num_recv, max_tokens, pairs = self._wait_counts(ticket, num_experts)
+            alignment = request.expert_alignment
+            counts = [round_up(count, alignment) for count in pairs]
+            record = _Routing(
+                record.positions, record.work, record.counts, record.summary, max_tokens, True
+            )
+            self._grow(areas_for(self._group.size, max_tokens, staged, 0))
+        handle = DispatchHandle(
+            buffer_id=self._buffer_id,
+            serial=serial,
+            num_tokens=num_tokens,
+            num_recv_rows=num_recv,
+            num_recv_tokens=None if request.num_worst_tokens else num_recv,
+            routing=record,
+        )
+        data, scales, topk = self._move(request, handle, header, num_experts)
+        return DispatchResult(data, scales, topk, counts, handle)
+
+    def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
+        record: _Routing = handle.routing
+        staged = _staged_row_bytes(request)
+        self._make_room(record, staged, 0)
+        header = self._header("dispatch with a handle", handle.serial, request, 0)
+        data, scales, _ = self._move(request, handle, header, 0)
+        return DispatchResult(data, scales, None, [], handle)
+
+    def _header(self, call: str, serial: int, request: DispatchRequest, num_experts: int) -> bytes:
+        scales, topk = request.scales, request.topk
+        values = {
+            "call": cuda_failures.CALL_INDEX[call],
+            "handle": serial,
+            "hidden": request.data.shape[1],
+            "dtype": DTYPE_INDEX[request.data.dtype],
+            "num_scales": scales.shape[1] if scales else 0,
+            "scales_dtype": DTYPE_INDEX[scales.dtype] if scales else _NO_DTYPE,
+            "num_topk": topk.idx.shape[1] if topk else 0,
+            "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
+            "num_experts": num_experts,
+            "expert_alignment": request.expert_alignment,
+        }
+        return _pack_header(values, request.data.shape[0], request.num_worst_tokens)
+
+    def _route(self, request: DispatchRequest, header: bytes, num_experts: int) -> int:
+        """Launch route.cu; return the ticket that the host's summary will carry."""
+        layout = request.layout
+        assert layout is not None
+        num_tokens, num_ranks = request.data.shape[0], self._group.size
+        if num_tokens > self._areas.list_tokens:
+            row_bytes = max(_staged_row_bytes(request), LIST_ROW_BYTES + 128)
+            needed = areas_for(num_ranks, num_tokens + 1024, row_bytes, row_bytes)
+            raise InvalidArgument(
+                f"x has {num_tokens} tokens; this Buffer was made for at most "
+                f"{self._areas.list_tokens} a rank. Pass num_nvl_bytes={needed.num_bytes} or more, "
+                "see Config.get_nvl_buffer_size_hint. Nothing was sent."
+            )
+        # Others' tokens are unknown yet; lists bound them.
+        most_work = max(1, (num_ranks - 1) * self._areas.list_tokens)
+        self._route_result = record = _Routing(
+            positions=cupy.empty((max(1, num_tokens), num_ranks), np.int32),
+            work=cupy.empty((most_work, 2), np.uint32),
+            counts=cupy.empty(num_ranks * num_ranks, np.int32),
+            summary=cupy.empty(4, np.uint32),
+            max_tokens=num_tokens,
+            is_exact=False,
+        )
+        ticket = next(self._tickets)
+        params = cuda_params.pack(
+            cuda_params.ROUTE,
+            self._call,
+            header,
+            (
+                layout.is_token_in_rank.ptr,
+                layout.num_tokens_per_expert.ptr,
+                record.positions.data.ptr,
+                record.work.data.ptr,
+                record.counts.data.ptr,
+                record.summary.data.ptr,
+                self._summary.ctypes.data,
+                ticket,
+                num_tokens,
+                num_experts,
+                request.num_worst_tokens,
+                0,
+            ),
+        )
+        launch(
+            kernels.route_spec(num_ranks),
+            stream=self._stream,
+            num_blocks=num_ranks,
+            num_threads=_ROUTE_THREADS,
+            params=params,
+        )
+        return ticket
+
+    def _wait_counts(self, ticket: int, num_experts: int) -> tuple[int, int, list[int]]:
+        """Wait, without holding the GIL, until route.cu has told the host; return what it said."""
+        summary, record = self._summary, self._record
+        seen, failure = summary["ticket"], record["failure"]
+        # The device's own deadline comes first; this one is for a device that does not answer.
+        end = time.monotonic() + 2 * self._timeout_s + 10
+        for polls in itertools.count():
+            if int(seen) == ticket:
+                break
+            if failure:
+                self.synchronize()
+            time.sleep(0)
+            if polls % _POLLS_BEFORE_DEADLINE == 0 and time.monotonic() > end:
+                raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
+        pairs = summary["expert_counts"][: num_experts // self._group.size].tolist()
+        return int(summary["num_recv"]), int(summary["max_tokens"]), pairs
+
+    def _move(
+        self,
+        request: DispatchRequest,
+        handle: DispatchHandle,
+        header: bytes,
+        num_experts: int,
+    ) -> tuple[ArrayView, ArrayView | None, TopK | None]:
+        """Allocate the outputs and launch dispatch.cu."""
+        num_rows, record = handle.num_recv_rows, handle.routing
+        data, scales, topk = request.data, request.scales, request.topk
+        recv = request.allocate((num_rows, data.shape[1]), data.dtype)
+        recv_scales = recv_topk = None
+        scales_in = scales_out = num_scales = token_stride = scale_stride = 0
+        if scales is not None:
+            num_scales = scales.shape[1]
+            recv_scales = request.allocate((num_rows, num_scales), scales.dtype)
+            scales_in, scales_out = scales.ptr, recv_scales.ptr
+            token_stride, scale_stride = (stride // _WORD for stride in scales.strides)
+        idx_in = idx_out = weights_in = weights_out = num_topk = is_64_bit = 0
+        num_local = num_experts // self._group.size
+        if topk is not None:
+            num_topk, is_64_bit = topk.idx.shape[1], int(topk.idx.dtype.itemsize == 8)
+            recv_topk = TopK(
+                request.allocate((num_rows, num_topk), topk.idx.dtype),
+                request.allocate((num_rows, num_topk), topk.weights.dtype),
+            )
+            idx_in, weights_in = topk.idx.ptr, topk.weights.ptr
+            idx_out, weights_out = recv_topk.idx.ptr, recv_topk.weights.ptr
+        staged = _staged_row_bytes(request)
+        params = cuda_params.pack(
+            cuda_params.DISPATCH,
+            self._call,
+            header,
+            (
+                *(data.ptr, scales_in, idx_in, weights_in),
+                *(recv.ptr, scales_out, idx_out, weights_out),
+                record.positions.data.ptr,
+                record.work.data.ptr,
+                record.summary.data.ptr,
+                *(token_stride, scale_stride),
+                data.shape[0],
+                data.shape[1] * data.dtype.itemsize,
+                *(num_scales, num_topk, is_64_bit, request.num_worst_tokens if topk else 0),
+                *(self._group.rank * num_local, num_local),
+                *(staged, 0),
+            ),
+        )
+        num_warps = cuda_tuning.dispatch_warps(staged)
+        num_stages = cuda_tuning.dispatch_stages(staged)
+        has_bulk = self._has_bulk and num_warps > 0
+        launch(
+            kernels.dispatch_spec(self._group.size, has_bulk, num_stages),
+            stream=self._stream,
+            num_blocks=self._num_blocks(request.num_sms),
+            num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
+            params=params,
+            shared_bytes=cuda_tuning.ring_bytes(num_warps, num_stages, staged) if has_bulk else 0,
+        )
+        return recv, recv_scales, recv_topk
+
+    def _num_blocks(self, num_sms: int | None) -> int:
+        number = self._num_sms() if num_sms is None else num_sms
+        if number > self._num_multiprocessors:
+            raise InvalidArgument(
+                f"num_sms is {number}; GPU {self._device} has {self._num_multiprocessors} "
+                "multiprocessors, and all blocks of a call must run at once. Pass fewer."
+            )
+        return number
+
+    # --- combine -------------------------------------------------------------------------------
+
+    def combine(self, request: CombineRequest) -> CombineResult:
+        """See `Engine.combine`."""
+        data, weights, handle = request.data, request.topk_weights, request.handle
+        _check_aligned(data, "x")
+        for i, bias in enumerate(request.biases):
+            _check_aligned(bias, f"bias[{i}]")
+        record: _Routing = handle.routing
+        num_topk = weights.shape[1] if weights is not None else 0
+        row_bytes = data.shape[1] * data.dtype.itemsize
+        self._make_room(record, 0, row_bytes + num_topk * _WORD)
+        values = dict.fromkeys(AGREED, 0) | {
+            "call": cuda_failures.CALL_INDEX["combine"],
+            "handle": handle.serial,
+            "hidden": data.shape[1],
+            "dtype": DTYPE_INDEX[data.dtype],
+            "num_topk": num_topk,
+        }
+        out = request.allocate((handle.num_tokens, data.shape[1]), data.dtype)
+        out_weights, weights_in, weights_out = None, 0, 0
+        if weights is not None:
+            out_weights = request.allocate((handle.num_tokens, num_topk), weights.dtype)
+            weights_in, weights_out = weights.ptr, out_weights.ptr
+        bias_ptrs = [bias.ptr for bias in request.biases] + [0, 0]
+        unit_rows = cuda_tuning.unit_rows(row_bytes)
+        params = cuda_params.pack(
+            cuda_params.COMBINE,
+            self._call,
+            _pack_header(values, handle.num_tokens, 0),
+            (
+                *(data.ptr, weights_in, *bias_ptrs[:2], out.ptr, weights_out),
+                record.positions.data.ptr,
+                record.counts.data.ptr,
+                record.summary.data.ptr,
+                *(handle.num_tokens, row_bytes, num_topk, unit_rows),
+            ),
+        )
+        shape = cuda_tuning.combine_shape(self._group.size, row_bytes)
+        ring_bytes = cuda_tuning.ring_bytes(
+            shape.num_send_warps, shape.num_stages, unit_rows * row_bytes
+        )
+        has_bulk = self._has_bulk and ring_bytes <= cuda_tuning.MAX_RING_BYTES
+        launch(
+            kernels.combine_spec(self._group.size, has_bulk, data.dtype.name, shape),
+            stream=self._stream,
+            num_blocks=self._num_blocks(request.num_sms),
+            num_threads=shape.num_threads,
+            params=params,
+            shared_bytes=ring_bytes if has_bulk else 0,
+        )
+        return CombineResult(out, out_weights)
+
+    # --- room in the slabs ---------------------------------------------------------------------
+
+    def _make_room(self, record: _Routing, staged_row_bytes: int, slot_row_bytes: int) -> None:
+        """Have room for a call along known routes, or refuse."""
+        needed = areas_for(self._group.size, record.max_tokens, staged_row_bytes, slot_row_bytes)
+        if record.is_exact:
+            self._grow(needed)  # all ranks know the same numbers
+        elif not self._areas.has_room_for(needed):
+            raise self._no_room(needed)
+
+    def _check_room(self, num_tokens: int, staged_row_bytes: int) -> None:
+        needed = areas_for(self._group.size, num_tokens, staged_row_bytes, 0)
+        if not self._areas.has_room_for(needed):
+            raise self._no_room(needed)
+
+    def _no_room(self, needed: Areas) -> InvalidArgument:
+        num_bytes = self._areas.merged_with(needed).num_bytes
+        return InvalidArgument(
+            f"the slab has {self._areas.num_bytes} bytes, too few for this call, and with "
+            "num_worst_tokens it cannot grow: nothing waits for the host. Pass num_nvl_bytes="
+            f"{num_bytes} or more, see Config.get_nvl_buffer_size_hint. Nothing was sent."
+        )
+
+    def _grow(self, needed: Areas) -> None:
+        """Make all slabs large enough. Collective where they grow: all ranks see the same need."""
+        if self._areas.has_room_for(needed):
+            return
+        if self._is_capturing:
+            raise self._no_room(needed)
+        # Peers may still use this slab: each has to be done before the old slabs go.
+        self._wait_all()
+        self._raise_failures()
+        old = self._slabs
+        self._areas = self._areas.merged_with(needed)
+        self._slabs = self._make_slabs()
+        self._call = self._make_call()
+        old.close(is_collective=True)
+
+    # --- low latency ---------------------------------------------------------------------------
+
+    def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
+        """See `Engine.low_latency_dispatch`."""
+        raise _no_low_latency()
+
+    def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
+        """See `Engine.low_latency_combine`."""
+        raise _no_low_latency()
+
+    def next_combine_buffer(self, shape: LowLatencyShape) -> ArrayView:
+        """See `Engine.next_combine_buffer`."""
+        raise _no_low_latency()
+
+    def masked_ranks(self) -> list[bool]:
+        """See `Engine.masked_ranks`."""
+        raise _no_low_latency()
+
+    def set_masked(self, rank: int, is_masked: bool) -> None:
+        """See `Engine.set_masked`."""
+        raise _no_low_latency()
+
+    def close(self, is_collective: bool) -> None:
+        """See `Engine.close`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with cupy.cuda.Device(self._device):
+            self._wait_all()
+            self._kept.clear()
+            self._captured.clear()
+            self._slabs.close(is_collective)
+
+
+def current_device() -> int:
+    """Return the GPU that is current in this thread."""
+    return int(cupy.cuda.runtime.getDevice())
+
+
+def _pinned(dtype: np.dtype[Any]) -> npt.NDArray[np.void]:
+    """Return host memory that the device can write, ``[]`` of a struct, zeroed."""
+    memory = cupy.cuda.alloc_pinned_memory(dtype.itemsize)
+    array: npt.NDArray[np.void] = np.frombuffer(memory, dtype, count=1).reshape(())
+    array[...] = 0
+    return array
+
+
+def _first_areas(num_ranks: int, num_bytes: int) -> Areas:
+    """Divide the bytes that the caller wants reserved; a call that needs more grows them."""
+    least = areas_for(num_ranks, MIN_LIST_TOKENS, 0, 0)
+    part = max(0, num_bytes - least.num_bytes) // (num_ranks + 1) // 256 * 256
+    return Areas(num_ranks, part, part, max(MIN_LIST_TOKENS, part // LIST_ROW_BYTES // 64 * 64))
+
+
+def _staged_row_bytes(request: DispatchRequest) -> int:
+    """Return the bytes of a row and all that travels with it."""
+    data, scales, topk = request.data, request.scales, request.topk
+    num_words = (scales.shape[1] if scales else 0) + (2 * topk.idx.shape[1] if topk else 0)
+    return round_up(data.shape[1] * data.dtype.itemsize + num_words * _WORD, 16)
+
+
+_HEADER = struct.Struct(f"={cuda_layout.HEADER_WORDS}i")
+_HEADER_REST = (0,) * (cuda_layout.HEADER_WORDS - len(AGREED) - 2)
+
+
+def _pack_header(values: Mapping[str, int], num_tokens: int, num_worst_tokens: int) -> bytes:
+    agreed = (values[name] for name in AGREED)
+    return _HEADER.pack(*agreed, num_tokens, num_worst_tokens, *_HEADER_REST)
+
+
+def _check_aligned(view: ArrayView, name: str) -> None:
+    if view.ptr % 16:
+        raise InvalidArgument(
+            f"{name} begins at an address that is not a multiple of 16 bytes; pass a copy of it: "
+            f"{name}.clone() or {name}.copy()."
+        )
+
+
+def _no_low_latency() -> UnsupportedConfig:
+    return UnsupportedConfig(
+        "the cuda engine has no low-latency calls yet; use dispatch and combine (num_worst_tokens "
+        "makes them capturable in a CUDA graph), or engine='host' with CPU arrays."
+    )

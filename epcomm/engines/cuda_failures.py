@@ -1,0 +1,81 @@
+"""From what a kernel wrote when a call failed to the error that the caller gets."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from epcomm.arrays import DTYPES
+from epcomm.cuda_layout import AGREED
+from epcomm.errors import CommTimeout, EpcommError, InvalidArgument, RankMismatch
+
+#: Calls by the number that their header carries.
+CALLS = ("", "dispatch", "dispatch with a handle", "combine")
+CALL_INDEX = {name: index for index, name in enumerate(CALLS)}
+
+# As the enums of comm/call.cuh.
+_TIMEOUT, _PEER_GAVE_UP, _MISMATCH, _TOO_MANY_ROWS, _BAD_EXPERT = range(1, 6)
+_PHASES = {
+    1: "arrival",
+    2: "dispatch: counts",
+    3: "dispatch: lists",
+    4: "dispatch: staged rows",
+    5: "combine: rows",
+}
+
+
+def error_in(
+    record: npt.NDArray[np.void], rank: int, num_ranks: int, timeout_s: float
+) -> EpcommError | None:
+    """Return the error that a record tells of, or None.
+
+    Errors that all ranks share and that left nothing half done are taken out of the record, so
+    that the Buffer works on; a wait that failed stays in it.
+
+    Args:
+        record: FAILURE_RECORD, in memory that kernels write.
+        rank: This rank.
+        num_ranks: Ranks of the group.
+        timeout_s: The deadline of waits.
+    """
+    failure = int(record["failure"])
+    if failure == 0:
+        return None
+    peer = int(record["peer"])
+    if failure in (_TIMEOUT, _PEER_GAVE_UP):
+        phase = _PHASES.get(int(record["phase"]), "a kernel")
+        detail = f"expected epoch {int(record['expected'])}, saw {int(record['seen'])}"
+        if failure == _PEER_GAVE_UP:
+            detail = f"rank {peer} gave up waiting, so this rank ends too"
+        return CommTimeout(phase, rank, [peer], timeout_s, detail)
+    record["failure"] = 0
+    if failure == _MISMATCH:
+        return _mismatch(record, num_ranks)
+    if failure == _TOO_MANY_ROWS:
+        return InvalidArgument(
+            f"num_worst_tokens is {int(record['expected'])} on rank {peer}, but "
+            f"{int(record['seen'])} rows arrive there; it must be at least that. The sum of all "
+            "ranks' tokens is always enough. Nothing was written past the end."
+        )
+    return InvalidArgument(
+        "topk_idx holds values that are neither expert ids nor -1; they were left out. Check that "
+        "num_experts counts the experts of all ranks."
+    )
+
+
+def _mismatch(record: npt.NDArray[np.void], num_ranks: int) -> RankMismatch:
+    name = AGREED[int(record["field"])]
+    values: list[int] = record["values"].tolist()
+
+    def shown(value: int) -> str:
+        if name == "call":
+            return CALLS[value] if 0 <= value < len(CALLS) else str(value)
+        if name.endswith("dtype") and 0 <= value < len(DTYPES):
+            return DTYPES[value].name
+        return str(value)
+
+    listed = ", ".join(f"rank {i}: {shown(value)}" for i, value in enumerate(values[:num_ranks]))
+    return RankMismatch(
+        f"ranks disagree on {name} ({listed}). Every rank must make the same call with the same "
+        f"{name}. The call was given up on all ranks."
+    )

@@ -1,0 +1,195 @@
+"""The by-value structs of the kernels, as NumPy dtypes. The kernels assert that sizes agree."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epcomm.cuda_layout import HEADER_WORDS, MAX_LOCAL_EXPERTS, MAX_RANKS
+
+_PTR = np.uint64
+
+SLAB_LAYOUT = np.dtype(
+    [
+        ("base", _PTR, (MAX_RANKS,)),
+        ("lists_offset", np.uint64),
+        ("flags_offset", np.uint64),
+        ("stage_flags_offset", np.uint64),
+        ("stage_offset", np.uint64),
+        ("slots_offset", np.uint64),
+        ("stage_bytes", np.uint64),
+        ("slot_bytes", np.uint64),
+        ("list_tokens", np.uint32),
+        ("flag_units", np.uint32),
+        ("stage_flag_units", np.uint32),
+        ("padding", np.uint32),
+    ],
+    align=True,
+)
+
+FAILURE_RECORD = np.dtype(
+    [
+        ("failure", np.int32),
+        ("phase", np.int32),
+        ("peer", np.int32),
+        ("expected", np.uint32),
+        ("seen", np.uint32),
+        ("field", np.int32),
+        ("values", np.int32, (MAX_RANKS,)),
+    ],
+    align=True,
+)
+
+#: Bytes of CallState, device memory that only kernels touch.
+CALL_STATE_BYTES = 24
+
+CALL = np.dtype(
+    [
+        ("slabs", SLAB_LAYOUT),
+        ("state", _PTR),
+        ("record", _PTR),
+        ("timeout_ns", np.uint64),
+        ("rank", np.uint32),
+        ("header", np.int32, (HEADER_WORDS,)),
+    ],
+    align=True,
+)
+
+HOST_SUMMARY = np.dtype(
+    [
+        ("ticket", np.uint64),
+        ("num_recv", np.int32),
+        ("max_tokens", np.int32),
+        ("expert_counts", np.int32, (MAX_LOCAL_EXPERTS,)),
+    ],
+    align=True,
+)
+
+ROUTE_SUMMARY = np.dtype(
+    [(name, np.uint32) for name in ("num_recv", "num_remote", "is_valid", "padding")], align=True
+)
+
+LAYOUT = np.dtype(
+    [
+        ("topk_idx", _PTR),
+        ("num_tokens_per_rank", _PTR),
+        ("num_tokens_per_expert", _PTR),
+        ("is_token_in_rank", _PTR),
+        ("record", _PTR),
+        ("num_tokens", np.uint32),
+        ("num_topk", np.uint32),
+        ("num_experts", np.uint32),
+        ("is_64_bit", np.uint32),
+    ],
+    align=True,
+)
+
+ROUTE = np.dtype(
+    [
+        ("call", CALL),
+        ("is_token_in_rank", _PTR),
+        ("num_tokens_per_expert", _PTR),
+        ("positions", _PTR),
+        ("work", _PTR),
+        ("counts", _PTR),
+        ("summary", _PTR),
+        ("host", _PTR),
+        ("ticket", np.uint64),
+        ("num_tokens", np.uint32),
+        ("num_experts", np.uint32),
+        ("num_worst_tokens", np.uint32),
+        ("padding", np.uint32),
+    ],
+    align=True,
+)
+
+DISPATCH = np.dtype(
+    [
+        ("call", CALL),
+        ("rows", _PTR),
+        ("scales", _PTR),
+        ("topk_idx", _PTR),
+        ("topk_weights", _PTR),
+        ("recv_rows", _PTR),
+        ("recv_scales", _PTR),
+        ("recv_topk_idx", _PTR),
+        ("recv_topk_weights", _PTR),
+        ("positions", _PTR),
+        ("work", _PTR),
+        ("summary", _PTR),
+        ("scales_token_stride", np.int64),
+        ("scales_stride", np.int64),
+        ("num_tokens", np.uint32),
+        ("row_bytes", np.uint32),
+        ("num_scales", np.uint32),
+        ("num_topk", np.uint32),
+        ("is_64_bit", np.uint32),
+        ("num_worst_tokens", np.uint32),
+        ("first_expert", np.int32),
+        ("num_local_experts", np.int32),
+        ("staged_row_bytes", np.uint32),
+        ("padding", np.uint32),
+    ],
+    align=True,
+)
+
+COMBINE = np.dtype(
+    [
+        ("call", CALL),
+        ("rows", _PTR),
+        ("weights", _PTR),
+        ("bias", _PTR, (2,)),
+        ("out_rows", _PTR),
+        ("out_weights", _PTR),
+        ("positions", _PTR),
+        ("counts", _PTR),
+        ("summary", _PTR),
+        ("num_tokens", np.uint32),
+        ("row_bytes", np.uint32),
+        ("num_topk", np.uint32),
+        ("unit_rows", np.uint32),
+    ],
+    align=True,
+)
+
+
+@cache
+def _packer(dtype: np.dtype[Any]) -> struct.Struct:
+    """Return the packer of all fields behind ``call``, which is the first."""
+    fields = dtype.fields
+    assert fields is not None
+    codes = []
+    for name in dtype.names[1:] if dtype.names else ():
+        base, shape = fields[name][0].base, fields[name][0].shape
+        codes.append(f"{int(np.prod(shape, dtype=int)) if shape else ''}{base.char}")
+    packer = struct.Struct("=" + "".join(codes).replace("L", "Q").replace("l", "q"))
+    if CALL.itemsize + packer.size != dtype.itemsize:
+        raise TypeError(f"struct {dtype.names} has padding; reorder or pad its fields")
+    return packer
+
+
+def pack(
+    dtype: np.dtype[Any], call: bytes, header: bytes, values: Sequence[int]
+) -> npt.NDArray[np.void]:
+    """Return a kernel's argument, zero-dimensional.
+
+    NOTE: filling a structured array field by field takes longer than launching the kernel.
+
+    Args:
+        dtype: ROUTE, DISPATCH or COMBINE.
+        call: CALL as bytes; its header is replaced.
+        header: The header as bytes.
+        values: Every field behind ``call``, in order, subarrays spread out.
+    """
+    head = call[:_HEADER_OFFSET] + header + call[_HEADER_OFFSET + len(header) :]
+    # As plain bytes: CuPy would take the fields of a structured dtype apart at each launch.
+    data = head + _packer(dtype).pack(*values)
+    return np.frombuffer(data, np.dtype((np.void, len(data)))).reshape(())
+
+
+_HEADER_OFFSET: int = CALL.fields["header"][1] if CALL.fields else 0

@@ -1,0 +1,66 @@
+"""How kernels divide a GPU: numbers chosen by measurement, see docs/performance.md."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from epcomm.jit.kernels import MAX_FETCH_WARPS, RING_LAG, CombineShape
+
+#: Shared memory that a block's rings may take, in bytes.
+MAX_RING_BYTES = 220 * 1024
+#: Pieces that a warp keeps in flight: few of long rows, more of short ones.
+STAGES = (2, 4)
+#: Bytes that a send warp of combine moves at a time, unless a row is longer.
+_UNIT_BYTES = 14336
+_MAX_UNIT_ROWS = 64
+_BARRIER_BYTES = 8
+_NOTE_BYTES = 8
+# As many as registers allow without spilling.
+_SUM_UNROLL = {1: 8, 2: 6, 3: 4, 4: 3, 5: 2}
+
+
+def ring_bytes(num_warps: int, num_stages: int, piece_bytes: int) -> int:
+    """Return the shared memory of a block's rings."""
+    num_notes = num_stages + RING_LAG
+    return num_warps * (num_stages * (piece_bytes + _BARRIER_BYTES) + num_notes * _NOTE_BYTES)
+
+
+def dispatch_stages(staged_row_bytes: int) -> int:
+    """Return the rows that each fetching warp of dispatch keeps in flight."""
+    return 2 if ring_bytes(MAX_FETCH_WARPS, 4, staged_row_bytes) > MAX_RING_BYTES else 4
+
+
+def dispatch_warps(staged_row_bytes: int) -> int:
+    """Return the warps of a block of dispatch that fetch; 0 where rows are too long for it."""
+    stages = dispatch_stages(staged_row_bytes)
+    return min(MAX_FETCH_WARPS, MAX_RING_BYTES // ring_bytes(1, stages, staged_row_bytes))
+
+
+def unit_rows(row_bytes: int) -> int:
+    """Return the rows that a send warp of combine moves at a time, under one flag."""
+    return max(1, min(_MAX_UNIT_ROWS, _UNIT_BYTES // row_bytes))
+
+
+@cache
+def combine_shape(num_ranks: int, row_bytes: int) -> CombineShape:
+    """Return how a block of combine divides its work."""
+    few, many = combine_shapes(num_ranks)
+    piece = unit_rows(row_bytes) * row_bytes
+    has_room = ring_bytes(many.num_send_warps, many.num_stages, piece) <= MAX_RING_BYTES
+    return many if has_room else few
+
+
+@cache
+def combine_shapes(num_ranks: int) -> tuple[CombineShape, ...]:
+    """Return the shapes that `combine_shape` chooses from: for long and for short rows."""
+    return tuple(
+        CombineShape(
+            num_threads=512,
+            num_send_warps=num_send_warps,
+            num_stages=num_stages,
+            sum_vecs=448,
+            sum_tokens=min(2, 32 // num_ranks),
+            sum_unroll=_SUM_UNROLL.get(num_ranks, 1),
+        )
+        for num_send_warps, num_stages in ((3, 2), (5, 2))
+    )

@@ -1,0 +1,69 @@
+"""CuPy arrays, with ml_dtypes for bf16; CuPy has no fp8, so such outputs are uint8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import cupy
+import numpy as np
+
+from epcomm.arrays import ArrayView, Device
+from epcomm.errors import InvalidArgument
+
+
+def _view(array: Any, dtype: np.dtype[Any]) -> ArrayView:
+    return ArrayView(
+        ptr=array.data.ptr,
+        shape=array.shape,
+        strides=array.strides,
+        dtype=dtype,
+        device=Device("cuda", array.device.id),
+        is_readonly=False,
+        owner=array,
+    )
+
+
+class CupyFramework:
+    """See `epcomm.frameworks.Framework`."""
+
+    name = "cupy"
+    is_mutable = True
+    tracks_streams = False
+    has_streams = True
+
+    def owns(self, array: Any) -> bool:
+        """Return whether it is a CuPy array."""
+        return isinstance(array, cupy.ndarray)
+
+    def view(self, array: Any, name: str) -> ArrayView:
+        """View an input."""
+        return _view(array, array.dtype)
+
+    def empty(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int | None
+    ) -> ArrayView:
+        """Make memory for an output."""
+        if device.kind != "cuda":
+            raise InvalidArgument(f"CuPy has no memory on {device}; pass NumPy arrays there.")
+        stored = np.dtype(np.uint8) if "float8" in dtype.name else dtype
+        return _view(cupy.empty(shape, stored), dtype)
+
+    def finish(self, view: ArrayView) -> Any:
+        """Return the CuPy array."""
+        owner = view.owner
+        if isinstance(owner, cupy.ndarray) and (owner.shape, owner.strides) == (
+            view.shape,
+            view.strides,
+        ):
+            return owner
+        memory = cupy.cuda.UnownedMemory(view.ptr, view.num_bytes, view.owner)
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        return cupy.ndarray(view.shape, view.dtype, pointer, view.strides)
+
+    def current_stream(self, device: Device) -> int:
+        """Return the handle of the current stream."""
+        return int(cupy.cuda.get_current_stream().ptr)
+
+    def wait_ready(self, arrays: Iterable[Any]) -> None:
+        """Nothing to wait for: arrays are ordered by the stream."""

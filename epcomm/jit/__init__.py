@@ -1,0 +1,1 @@
+"""From the CUDA sources to kernels that can be launched."""

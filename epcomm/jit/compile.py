@@ -1,0 +1,68 @@
+"""Compiling with CuPy at run time, and the same compiler without a GPU."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from epcomm.errors import CompileError
+from epcomm.jit.kernels import KernelSpec
+from epcomm.jit.sources import source_dir, source_hash
+
+_lock = threading.Lock()
+_functions: dict[tuple[int, KernelSpec], tuple[Any, int]] = {}
+
+#: What every kernel may use without asking.
+_DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+def options_for(spec: KernelSpec) -> tuple[str, ...]:
+    """Return the compiler's options for a kernel, architecture apart."""
+    # Unsigned, as all that they are compared with in the kernels.
+    defines = tuple(f"-D{name}={value}u" for name, value in spec.constants)
+    # NOTE: CuPy's cache does not see headers found by -I; the hash of all sources is the key.
+    return (
+        "--std=c++17",
+        f"-I{source_dir()}",
+        f"-DEPCOMM_SOURCE_{source_hash()}",
+        *defines,
+    )
+
+
+def load_function(spec: KernelSpec, shared_bytes: int) -> Any:
+    """Return a kernel for the current device, compiled where no cache has it.
+
+    Args:
+        spec: The kernel.
+        shared_bytes: Dynamic shared memory of a block that it must be allowed.
+
+    Raises:
+        CompileError: The compiler refused; the message holds its log.
+    """
+    import cupy
+
+    key = (cupy.cuda.runtime.getDevice(), spec)
+    loaded = _functions.get(key)
+    if loaded is None or loaded[1] < shared_bytes:
+        with _lock:
+            kernel = _compile(spec)
+            kernel.max_dynamic_shared_size_bytes = max(shared_bytes, _DEFAULT_SHARED_BYTES)
+            loaded = kernel.kernel, max(shared_bytes, _DEFAULT_SHARED_BYTES)
+            _functions[key] = loaded
+    return loaded[0]
+
+
+def _compile(spec: KernelSpec) -> Any:
+    import cupy
+
+    code = (source_dir() / "kernels" / f"{spec.name}.cu").read_text()
+    # No name_expressions: CuPy finds extern "C" kernels in its disk cache every time.
+    module = cupy.RawModule(code=code, options=options_for(spec), backend="nvrtc")
+    try:
+        return module.get_function(spec.function)
+    except cupy.cuda.compiler.CompileException as error:
+        constants = ", ".join(f"{name}={value}" for name, value in spec.constants)
+        raise CompileError(
+            f"kernel {spec.name}.cu did not compile with {constants}:\n{error}\nIs the CUDA "
+            "toolkit of CuPy's wheel complete? pip install 'epcomm[cuda12]' or 'epcomm[cuda13]'."
+        ) from error

@@ -1,0 +1,129 @@
+"""Every kernel, and the constants that it is compiled with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+
+from epcomm import cuda_layout
+from epcomm.engines import cuda_params
+
+#: Values of kDtype in combine.cu, by the dtype's name.
+COMBINE_DTYPES: Mapping[str, int] = MappingProxyType({"bfloat16": 0, "float16": 1, "float32": 2})
+
+_DTYPE_NAMES = {"kDtypeBfloat16": 0, "kDtypeFloat16": 1, "kDtypeFloat32": 2}
+
+#: Warps of a block of dispatch that fetch, at most.
+MAX_FETCH_WARPS = 8
+#: Pieces after which a warp looks whether a piece that it sent is written.
+RING_LAG = 4
+
+
+@dataclass(frozen=True, eq=False)
+class KernelSpec:
+    """One kernel in one configuration; the same object for the same configuration.
+
+    Attributes:
+        name: Its file under ``kernels/``; the function is ``epcomm_`` and this.
+        constants: Names and values for -D.
+    """
+
+    name: str
+    constants: tuple[tuple[str, int], ...]
+
+    @property
+    def function(self) -> str:
+        """Name of the kernel function."""
+        return f"epcomm_{self.name}"
+
+
+@cache
+def layout_spec(num_ranks: int) -> KernelSpec:
+    """Return the spec of layout.cu."""
+    return _spec("layout", num_ranks, {"kLayoutParamsBytes": cuda_params.LAYOUT.itemsize})
+
+
+@cache
+def route_spec(num_ranks: int) -> KernelSpec:
+    """Return the spec of route.cu."""
+    return _spec("route", num_ranks, {"kRouteParamsBytes": cuda_params.ROUTE.itemsize})
+
+
+@cache
+def dispatch_spec(num_ranks: int, has_bulk: bool, num_stages: int) -> KernelSpec:
+    """Return the spec of dispatch.cu.
+
+    Args:
+        num_ranks: Ranks of the group.
+        has_bulk: Whether the GPU has bulk copies.
+        num_stages: Rows that a warp keeps in flight, at least 2.
+    """
+    own = {
+        "kDispatchParamsBytes": cuda_params.DISPATCH.itemsize,
+        "kUseBulk": int(has_bulk),
+        "kNumStages": num_stages,
+        "kRingLag": RING_LAG,
+        "kMaxDispatchThreads": (cuda_layout.NUM_STAGE_WARPS + MAX_FETCH_WARPS) * 32,
+    }
+    return _spec("dispatch", num_ranks, own)
+
+
+@dataclass(frozen=True)
+class CombineShape:
+    """How combine.cu divides its work.
+
+    Attributes:
+        num_threads: Threads of a block.
+        num_send_warps: Warps of a block that send; the others sum.
+        num_stages: Pieces that a send warp keeps in flight, at least 2.
+        sum_vecs: 16-byte vectors of a row that a warp sums before it turns to other tokens.
+        sum_tokens: Neighbouring tokens that a warp sums together.
+        sum_unroll: Vectors whose loads a thread has on their way together.
+    """
+
+    num_threads: int
+    num_send_warps: int
+    num_stages: int
+    sum_vecs: int
+    sum_tokens: int
+    sum_unroll: int
+
+
+@cache
+def combine_spec(num_ranks: int, has_bulk: bool, dtype: str, shape: CombineShape) -> KernelSpec:
+    """Return the spec of combine.cu for rows of one of ``COMBINE_DTYPES``."""
+    own = {
+        "kCombineParamsBytes": cuda_params.COMBINE.itemsize,
+        "kUseBulk": int(has_bulk),
+        "kDtype": COMBINE_DTYPES[dtype],
+        **_DTYPE_NAMES,
+        "kCombineThreads": shape.num_threads,
+        "kNumSendWarps": shape.num_send_warps,
+        "kNumStages": shape.num_stages,
+        "kRingLag": RING_LAG,
+        "kSumVecs": shape.sum_vecs,
+        "kSumTokens": shape.sum_tokens,
+        "kSumUnroll": shape.sum_unroll,
+    }
+    return _spec("combine", num_ranks, own)
+
+
+def _spec(name: str, num_ranks: int, own: Mapping[str, int]) -> KernelSpec:
+    constants = {**cuda_layout.constants(num_ranks), **own}
+    return KernelSpec(name, tuple(sorted(constants.items())))
+
+
+def all_specs(has_bulk: bool) -> Iterator[KernelSpec]:
+    """Yield every kernel in every configuration that the engine uses."""
+    from epcomm.engines import cuda_tuning
+
+    for num_ranks in range(1, cuda_layout.MAX_RANKS + 1):
+        yield layout_spec(num_ranks)
+        yield route_spec(num_ranks)
+        for num_stages in cuda_tuning.STAGES:
+            yield dispatch_spec(num_ranks, has_bulk, num_stages)
+        for dtype in COMBINE_DTYPES:
+            for shape in cuda_tuning.combine_shapes(num_ranks):
+                yield combine_spec(num_ranks, has_bulk, dtype, shape)

@@ -1,0 +1,157 @@
+"""``python -m epcomm info``: what it shows, and the command for whatever is missing."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from launch import ROOT, Result
+
+import epcomm
+from epcomm import env
+from epcomm.cli import info
+
+SECTIONS = ["epcomm", "ranks", "MPI", "GPUs", "frameworks", "memory", "environment"]
+
+
+def run_epcomm(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("EPCOMM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "epcomm", *arguments],
+        env=clean | {"PYTHONPATH": str(ROOT)} | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def parse(report: str) -> dict[str, dict[str, str]]:
+    """Return each section's lines by name; fail on any line of another form."""
+    sections: dict[str, dict[str, str]] = {}
+    for line in report.splitlines():
+        if not line.startswith(" "):
+            lines = sections.setdefault(line, {})
+            continue
+        name, text = re.fullmatch(r"  (\S.*?)  ?\s*(\S.*)", line).groups()
+        assert name not in lines
+        lines[name] = text
+    return sections
+
+
+def extras() -> set[str]:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return set(config["options.extras_require"])
+
+
+def lines_of(describe: Callable[[], Iterator[tuple[str, str]]]) -> dict[str, str]:
+    return dict(describe())
+
+
+def test_alone_it_shows_every_section() -> None:
+    done = run_epcomm("info", EPCOMM_TIMEOUT_S="12.5")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = parse(done.stdout)
+    assert list(found) == SECTIONS
+    assert found["epcomm"]["version"] == epcomm.__version__
+    assert "mpiexec -n 4 python -m mpi4py -m epcomm info" in found["ranks"]["ranks"]
+    assert list(found["environment"]) == [name for name, _, _ in env.VARIABLES]
+    for name, default, meaning in env.VARIABLES:
+        value = "12.5" if name == "EPCOMM_TIMEOUT_S" else f"not set ({default})"
+        assert found["environment"][name] == f"{value}: {meaning}"
+
+
+def test_under_mpi_one_rank_shows_all_ranks(mpiexec: Callable[..., Result]) -> None:
+    result = mpiexec("show_info", 2, env={"EPCOMM_RANKS_PER_NODE": "1"})
+    found = parse(result.stdout.partition("EPCOMM-OK")[0])
+    assert list(found) == SECTIONS
+    assert found["ranks"] == {"ranks": "2", "nodes": "2 (node of each rank: [0, 1])"}
+    assert found["environment"]["EPCOMM_RANKS_PER_NODE"].startswith("1: ")
+    assert result.stdout.count("\nMPI\n") == 1
+    assert found["MPI"]["mpi4py"] == metadata.version("mpi4py")
+    assert "missing" not in "".join(found["MPI"].values())
+
+
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_a_wrong_variable_is_told_without_a_traceback(command: str) -> None:
+    done = run_epcomm(command, EPCOMM_ENGINE="gpu")
+    assert done.returncode == 2
+    assert "EPCOMM_ENGINE is 'gpu'; it must be one of auto, host, cuda." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_whatever_is_missing_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_found(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(info.metadata, "version", not_found)
+    monkeypatch.setattr(info.shutil, "which", lambda name: None)
+    monkeypatch.setattr(info.sys, "executable", "/nowhere/python")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    found = lines_of(info._describe_frameworks) | lines_of(info._describe_mpi)
+    assert found["mpi4py"] == "missing: pip install mpi4py"
+    assert found["mpiexec"] == "missing: pip install 'epcomm[mpich]'"
+    assert "pip install 'epcomm[mpich]'" in found["library"]
+    commands = [re.findall(r"pip install 'epcomm\[(\w+)\]'", text) for text in found.values()]
+    named = {extra for command in commands for extra in command}
+    assert named == {"torch", "jax", "cuda12", "demo", "mpich"}
+    assert named <= extras()
+
+
+class TestGpus:
+    """On a machine with an NVIDIA driver, which tests cannot count on."""
+
+    @pytest.fixture(autouse=True)
+    def driver(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(info.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+
+    def install_cupy(self, monkeypatch: pytest.MonkeyPatch, **runtime: object) -> None:
+        runtime |= {"CUDARuntimeError": RuntimeError}
+        cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(**runtime)))
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    def test_peers_of_every_gpu(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        properties = {"name": b"H200", "major": 9, "minor": 0, "totalGlobalMem": 141 << 30}
+        self.install_cupy(
+            monkeypatch,
+            getDeviceCount=lambda: 3,
+            driverGetVersion=lambda: 12080,
+            getDeviceProperties=lambda index: properties,
+            deviceCanAccessPeer=lambda index, peer: 2 not in (index, peer),
+        )
+        (tmp_path / "one.cubin").touch()
+        found = lines_of(info._describe_gpus)
+        assert found["driver"] == "CUDA 12.8"
+        assert found["GPU 0"] == "H200, sm_90, 141 GiB, peer access to [1]"
+        assert found["GPU 2"].endswith("peer access to none")
+        assert found["kernel cache"] == f"{tmp_path} (CuPy's; 1 files)"
+
+    def test_driver_that_does_not_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> int:
+            raise RuntimeError("cudaErrorNoDevice")
+
+        self.install_cupy(monkeypatch, getDeviceCount=fail)
+        assert "cudaErrorNoDevice" in lines_of(info._describe_gpus)["driver"]
+
+    def test_no_cupy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None)
+        text = lines_of(info._describe_gpus)["CuPy"]
+        assert set(re.findall(r"epcomm\[(\w+)\]", text)) == {"cuda12", "cuda13"} <= extras()
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.shutil, "which", lambda name: None)
+    if list(Path("/proc/driver/nvidia").glob("version")):
+        pytest.skip("this machine has an NVIDIA driver")
+    assert "host engine" in lines_of(info._describe_gpus)["driver"]
