@@ -62,6 +62,8 @@ class Buffer:
         comm: An mpi4py communicator, in place of ``group``.
         engine: ``"auto"``, ``"host"`` or ``"cuda"``; None takes EPCOMM_ENGINE.
         timeout_s: Deadline of every wait, in seconds; None takes EPCOMM_TIMEOUT_S.
+        device: Number of this rank's GPU; None takes the one that is current (CuPy, torch). JAX
+            changes it at will, so name it there.
 
     Attributes:
         rank: This rank.
@@ -95,6 +97,7 @@ class Buffer:
         *,
         engine: str | None = None,
         timeout_s: float | None = None,
+        device: int | None = None,
     ) -> None:
         self._engine: Engine | None = None
         if (group is None) == (comm is None):
@@ -131,9 +134,11 @@ class Buffer:
             self.timeout_s,
         )
         self._topology = topology.discover(ranks, settings, self.timeout_s)
-        self._engine = self._make_engine(ranks, wanted_engine, settings)
+        self._engine = self._make_engine(ranks, wanted_engine, settings, device)
 
-    def _make_engine(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
+    def _make_engine(
+        self, ranks: Group, name: str, settings: env.Settings, device: int | None
+    ) -> Engine:
         if name == "host":
             self._place = Place(CPU, ranks.size)
             return HostEngine(
@@ -148,7 +153,10 @@ class Buffer:
             )
         from epcomm.engines.cuda import CudaEngine, current_device
 
-        device = current_device()
+        if device is None:
+            device = current_device()
+        elif not 0 <= device < find_num_gpus():
+            raise InvalidArgument(f"device is {device}; it must be below {find_num_gpus()}, a GPU.")
         self._place = Place(Device("cuda", device), ranks.size)
         return CudaEngine(
             ranks,

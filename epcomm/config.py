@@ -42,8 +42,9 @@ class Config:
     ) -> int:
         """Return the bytes with which no throughput call ever has to grow a rank's slab.
 
-        A rank stages its own tokens for dispatch, and for combine every row that it received: all
-        ranks' tokens at worst, and one spare row.
+        Host engine: a rank stages its own tokens for dispatch, and for combine every row that it
+        received, all ranks' tokens at worst. Cuda engine: two stages of its own tokens, and a slot
+        of as many rows for each peer.
 
         Args:
             hidden_bytes: Bytes of one row, scales included.
@@ -51,7 +52,7 @@ class Config:
             num_max_tokens: Most tokens that a rank passes in one call.
         """
         _check_sizes(hidden_bytes=hidden_bytes, num_ranks=num_ranks, num_max_tokens=num_max_tokens)
-        num_rows = num_ranks * num_max_tokens + 1
+        num_rows = (num_ranks + 1) * num_max_tokens + 1
         return num_rows * (hidden_bytes + _TOPK_BYTES) + num_ranks * num_max_tokens + _FIXED_BYTES
 
     def get_rdma_buffer_size_hint(

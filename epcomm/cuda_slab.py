@@ -60,6 +60,13 @@ class CudaSlabs:
         unreachable = _find_unreachable(offers, group.rank)
         found = group.allgather(unreachable, timeout_s=timeout_s, phase="looking for peer access")
         _raise_first(UnsupportedConfig, found)
+        mine = offers[group.rank]
+        #: Whether another rank is a thread of this process and uses the same GPU.
+        self.has_neighbour = any(
+            (offer.pid, offer.device) == (mine.pid, mine.device)
+            for rank, offer in enumerate(offers)
+            if rank != group.rank
+        )
         #: Address of every rank's slab, by rank.
         self.ptrs: tuple[int, ...] = ()
         ptrs, error = self._map_all(offers)

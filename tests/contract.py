@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 from launch import ROOT, Result
 
-from epcomm import run_threads
+from epcomm import env, run_threads
 
 # Rank programs import each other as they do under mpiexec, where their folder leads the path.
 sys.path.append(str(ROOT / "tests" / "ranks"))
@@ -30,7 +30,9 @@ def run_as_threads(program: str, num_ranks: int, frame: str = "numpy") -> list[s
     """Return each rank's digest of all outputs. Run once for each set of arguments."""
     frames, common = importlib.import_module("frames"), importlib.import_module("common")
     module, used = importlib.import_module(program), common.frame_of(frame)
-    with frames.poisoned_outputs(used):
+    with pytest.MonkeyPatch.context() as patch, frames.poisoned_outputs(used):
+        # For Buffers that a program does not make itself, where "auto" would find GPUs.
+        patch.setattr(env, "settings", lambda: env.Settings(engine="host"))
         return run_threads(lambda group: module.run(group, used, "host"), num_ranks)
 
 

@@ -109,6 +109,26 @@ def run_ranks(
     return result
 
 
+def run_threads_of(program: str, num_ranks: int, *args: object, timeout_s: float = 120.0) -> Result:
+    """Run tests/ranks/<program>.py in one process, whose threads play ranks; as `run_ranks`.
+
+    Args:
+        program: File name in tests/ranks, without ``.py``.
+        num_ranks: How many ranks print the success mark.
+        *args: The program's arguments, each made a string.
+        timeout_s: As for `run_ranks`.
+
+    Raises:
+        AssertionError: The program failed, a mark is missing, or the deadline passed.
+    """
+    path = ROOT / "tests" / "ranks" / f"{program}.py"
+    result = _run([sys.executable, str(path), *map(str, args)], _clean_environment(), timeout_s)
+    ends_well = not result.timed_out and result.returncode == 0
+    if not ends_well or result.ok_ranks() != list(range(num_ranks)):
+        raise AssertionError(str(result))
+    return result
+
+
 def run_command(command: str, *, cwd: Path, timeout_s: float = 120.0) -> Result:
     """Run a command line as users would type it, with this Python's programs first on PATH.
 

@@ -27,13 +27,14 @@ class StreamOrder:
     """How one call is ordered against the caller's streams.
 
     Attributes:
-        current_stream: Handle of the caller's current stream.
+        current_stream: Handle of the caller's current stream; None where its framework has none,
+            and the host waits before and after the call.
         waits_for_current: Whether the call begins after what the current stream holds.
         previous_event: Event after which the call begins, or None.
         is_async: Whether the caller waits through an event; else its current stream waits here.
     """
 
-    current_stream: int
+    current_stream: int | None
     waits_for_current: bool
     previous_event: EventHandle | None
     is_async: bool

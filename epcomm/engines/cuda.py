@@ -180,9 +180,10 @@ class CudaEngine:
         """See `Engine.local_memory`."""
         if is_low_latency:
             raise _no_low_latency()
-        size = self._areas.num_bytes
+        # Rows only: what lies before them are the cells that calls keep step with.
+        first, size = self._areas.stage_offset, self._areas.num_bytes - self._areas.stage_offset
         return ArrayView(
-            ptr=self._slabs.ptrs[self._group.rank],
+            ptr=self._slabs.ptrs[self._group.rank] + first,
             shape=(size,),
             strides=(1,),
             dtype=np.dtype(np.uint8),
@@ -207,15 +208,24 @@ class CudaEngine:
         self._raise_failures()
         while self._kept and self._kept[0][0].done:
             self._kept.popleft()
-        self._is_capturing = streams.is_capturing(order.current_stream)
-        if order.waits_for_current and order.previous_event is None and not order.is_async:
-            self._stream = _StreamHandle(order.current_stream)
+        current, previous = order.current_stream, order.previous_event
+        if current == 0 and self._slabs.has_neighbour:
+            raise UnsupportedConfig(
+                f"ranks share GPU {self._device} as threads of one process, and this call is on "
+                "the default stream, which they would share too: each would wait for the other. "
+                "Give each thread a stream of its own: with cupy.cuda.Stream(non_blocking=True): "
+                "or with torch.cuda.stream(torch.cuda.Stream()):"
+            )
+        self._is_capturing = current is not None and streams.is_capturing(current)
+        waits = current is not None and order.waits_for_current
+        if current is not None and waits and previous is None and not order.is_async:
+            self._stream = _StreamHandle(current)
         else:
             self._stream = self._comm_stream
-            if order.previous_event is not None:
-                order.previous_event.stream_wait(self._stream.ptr)
-            if order.waits_for_current:
-                streams.wait(self._stream.ptr, streams.record(order.current_stream))
+            if previous is not None:
+                previous.stream_wait(self._stream.ptr)
+            if current is not None and waits:
+                streams.wait(self._stream.ptr, streams.record(current))
         is_elsewhere = self._last_event is not None and self._last_ptr != self._stream.ptr
         if is_elsewhere and not self._is_capturing:
             streams.wait(self._stream.ptr, self._last_event)
@@ -231,7 +241,7 @@ class CudaEngine:
             if order.is_async:
                 self._kept.append((event, keep))
         stream = order.current_stream
-        if not order.is_async and self._stream.ptr != stream:
+        if stream is not None and not order.is_async and self._stream.ptr != stream:
             streams.wait(stream, event)
         return EventHandle.of(event, lambda: stream)
 

@@ -15,8 +15,9 @@ _UNIT_BYTES = 14336
 _MAX_UNIT_ROWS = 64
 _BARRIER_BYTES = 8
 _NOTE_BYTES = 8
-# As many as registers allow without spilling.
-_SUM_UNROLL = {1: 8, 2: 6, 3: 4, 4: 3, 5: 2}
+# Sums wait for memory, so many warps help; each rank's row in flight takes registers.
+_COMBINE_THREADS = {1: 1024, 2: 1024, 3: 1024, 4: 768}
+_MANY_RANKS_THREADS = 512
 
 
 def ring_bytes(num_warps: int, num_stages: int, piece_bytes: int) -> int:
@@ -55,12 +56,12 @@ def combine_shapes(num_ranks: int) -> tuple[CombineShape, ...]:
     """Return the shapes that `combine_shape` chooses from: for long and for short rows."""
     return tuple(
         CombineShape(
-            num_threads=512,
+            num_threads=_COMBINE_THREADS.get(num_ranks, _MANY_RANKS_THREADS),
             num_send_warps=num_send_warps,
             num_stages=num_stages,
-            sum_vecs=448,
-            sum_tokens=min(2, 32 // num_ranks),
-            sum_unroll=_SUM_UNROLL.get(num_ranks, 1),
+            sum_vecs=224,
+            sum_tokens=4,
+            sum_unroll=1,
         )
         for num_send_warps, num_stages in ((3, 2), (5, 2))
     )

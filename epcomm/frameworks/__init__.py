@@ -63,8 +63,8 @@ class Framework(Protocol):
         """
         ...
 
-    def current_stream(self, device: Device) -> int:
-        """Return the handle of the caller's current stream; 0 on the CPU."""
+    def current_stream(self, device: Device) -> int | None:
+        """Return the handle of the caller's current stream; None where there is none."""
         ...
 
     def wait_ready(self, arrays: Iterable[Any]) -> None:

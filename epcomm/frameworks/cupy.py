@@ -61,7 +61,7 @@ class CupyFramework:
         pointer = cupy.cuda.MemoryPointer(memory, 0)
         return cupy.ndarray(view.shape, view.dtype, pointer, view.strides)
 
-    def current_stream(self, device: Device) -> int:
+    def current_stream(self, device: Device) -> int | None:
         """Return the handle of the current stream."""
         return int(cupy.cuda.get_current_stream().ptr)
 

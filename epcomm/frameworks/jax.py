@@ -90,9 +90,9 @@ class JaxFramework:
         # CuPy has no fp8: such memory is uint8 until here.
         return adopted if adopted.dtype == view.dtype else adopted.view(view.dtype)
 
-    def current_stream(self, device: Device) -> int:
-        """Return 0: JAX does not show its streams."""
-        return 0
+    def current_stream(self, device: Device) -> int | None:
+        """Return None: JAX does not show its streams."""
+        return None
 
     def wait_ready(self, arrays: Iterable[Any]) -> None:
         """Wait until JAX has computed the arrays."""

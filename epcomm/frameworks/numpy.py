@@ -44,9 +44,9 @@ class NumpyFramework:
         """Return the NumPy array."""
         return view.numpy()
 
-    def current_stream(self, device: Device) -> int:
-        """Return 0: the CPU has no streams."""
-        return 0
+    def current_stream(self, device: Device) -> int | None:
+        """Return None: the CPU has no streams."""
+        return None
 
     def wait_ready(self, arrays: Iterable[Any]) -> None:
         """Nothing to wait for: NumPy computes at once."""

@@ -126,10 +126,10 @@ class TorchFramework:
             tensor = torch.as_strided(tensor, view.shape, steps)
         return tensor
 
-    def current_stream(self, device: Device) -> int:
-        """Return the handle of the current stream; 0 on the CPU."""
+    def current_stream(self, device: Device) -> int | None:
+        """Return the handle of the current stream; None on the CPU."""
         if device.kind == "cpu":
-            return 0
+            return None
         return int(torch.cuda.current_stream(device.index).cuda_stream)
 
     def wait_ready(self, arrays: Iterable[Any]) -> None:

@@ -6,13 +6,24 @@ Every output is held to the oracle bit by bit, on poisoned memory, with other da
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import oracle
-from common import Array, Checker, choose_experts, expand, frozen, main, once, random_bits, rng_of
+from common import (
+    SPECIAL,
+    Array,
+    Checker,
+    choose_experts,
+    expand,
+    frozen,
+    main,
+    once,
+    random_bits,
+    rng_of,
+)
 from frames import NumpyFrame, poison
 
 from epcomm import Buffer
@@ -126,9 +137,6 @@ class Inputs:
     biases: tuple[Array, ...]
 
 
-_SPECIAL = np.array([0.0, -0.0, -0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-7], np.float32)
-
-
 def combined_dtype(case: Case) -> np.dtype[Any]:
     """Return the dtype of combined rows: that of the rows, where it can be summed."""
     return case.dtype if case.dtype in (BF16, F16, F32) else BF16
@@ -149,7 +157,7 @@ def inputs_of(case: Case, round_: int, rank: int, num_ranks: int) -> Inputs:
     num_experts = case.num_local * num_ranks
     idx = choose_experts(case.routing, rng, *topk_shape, num_experts, num_ranks)
     base, *biases = (
-        rng.choice(_SPECIAL, shape) if case.is_special else rng.standard_normal(shape, np.float32)
+        rng.choice(SPECIAL, shape) if case.is_special else rng.standard_normal(shape, np.float32)
         for _ in range(1 + round_ % 3)
     )
     return Inputs(
@@ -394,7 +402,7 @@ def run(group: Any, frame: NumpyFrame, engine: str) -> str:
 
 def for_frame(case: Case, frame: NumpyFrame) -> Case:
     """Return the case with dtypes that the framework has."""
-    return Case(**{**vars(case), "idx_dtype": frame.dtype(case.idx_dtype)})
+    return replace(case, dtype=frame.dtype(case.dtype), idx_dtype=frame.dtype(case.idx_dtype))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import oracle
-from common import Array, Checker, choose_experts, expand, frozen, main, once, random_bits, rng_of
+from common import (
+    SPECIAL,
+    Array,
+    Checker,
+    choose_experts,
+    expand,
+    frozen,
+    main,
+    once,
+    random_bits,
+    rng_of,
+)
 from frames import NumpyFrame, poison
 
 from epcomm import Buffer
@@ -46,6 +57,7 @@ class Case:
         fp8: Key of `FP8`.
         precision: ``combine_precision``.
         idx_dtype: Dtype of the choices.
+        is_special: Whether combine sums signed zeros, infinities and NaNs.
     """
 
     id: str
@@ -58,6 +70,7 @@ class Case:
     fp8: str = "plain"
     precision: str = "rank"
     idx_dtype: np.dtype[Any] = I64
+    is_special: bool = False
 
 
 UNEVEN = (5, 0, 17, 1, 64, 3, 2, 9)
@@ -80,6 +93,8 @@ CASES = (
     Case("most-choices", (17, 40), 40, 128, 32, 32, "some", "plain", "expert"),
     Case("most-choices-by-rank", (17, 40), 40, 64, 32, 16, "uniform", "none", "rank"),
     Case("one-expert-a-rank", (21,), 21, 128, 3, 1, "some", "round"),
+    Case("special-values", (24,), 24, 64, 4, 2, "some", "none", "rank", I64, True),
+    Case("special-values-by-expert", (24,), 24, 64, 4, 2, "some", "none", "expert", I32, True),
 )
 
 
@@ -113,11 +128,14 @@ def inputs_of(case: Case, round_: int, rank: int, num_ranks: int) -> Inputs:
     idx = choose_experts(case.routing, rng, *topk_shape, num_experts, num_ranks)
     weights = rng.standard_normal(topk_shape, np.float32)
     weights[::2] = 0.5  # equal ones, so that rows cancel
+    base = rng.standard_normal(shape, np.float32)
+    if case.is_special:
+        base = rng.choice(SPECIAL, shape)
     return Inputs(
         x=frozen(x),
         topk_idx=frozen(idx.astype(case.idx_dtype)),
         topk_weights=frozen(weights),
-        base=frozen(rng.standard_normal(shape, np.float32)),
+        base=frozen(base),
     )
 
 
@@ -129,6 +147,8 @@ def all_inputs(case: Case, round_: int, num_ranks: int) -> list[Inputs]:
 @once
 def factor_of(case: Case, round_: int, expert: int) -> Array:
     """Return what an expert multiplies a row with: large and small numbers, some cancelling."""
+    if case.is_special:
+        return frozen(np.ones(case.hidden, np.float32))
     rng = rng_of(case.id, round_, "factor of expert", expert)
     exponent = rng.integers(-12, 12, case.hidden).astype(np.float32)
     factor = rng.standard_normal(case.hidden, np.float32) * np.float32(2) ** exponent
@@ -344,7 +364,7 @@ def finish(check: Checker, combined: Combined, stats: Stats | None = None) -> No
     """Call the hook, where there is one, and check the sums."""
     if combined.hook is not None:
         combined.hook()
-    check.array("combined_x", combined.x, combined.want)
+    check.array("combined_x", combined.x, combined.want, any_nan=True)
     if stats is not None:
         stats.check_waits(check)
     check.unchanged()

@@ -18,6 +18,7 @@ from contract_low_latency import (
     Combined,
     Sent,
     all_inputs,
+    cast_of,
     fill_rows,
     finish,
     inputs_of,
@@ -35,6 +36,28 @@ def make_case(check: Checker, *args: Any) -> Case:
     case = Case(*args)
     check.case = f"case {case.id}"
     return replace(case, idx_dtype=check.frame.dtype(case.idx_dtype))
+
+
+def infinities_stay_in_their_tokens(check: Checker) -> None:
+    """What fp8 makes of infinities and NaNs is undefined, but only in tokens that hold them."""
+    for fp8 in ("plain", "round", "ue8m0"):
+        case = make_case(check, f"infinities-{fp8}", (9,), 9, 512, 2, 2, "uniform", fp8)
+        mine, num_experts = inputs_of(case, 0, check.rank, check.size), case.num_local * check.size
+        x = np.array(mine.x)
+        x[1, 3], x[2, 200], x[2, 511] = np.inf, np.nan, -np.inf
+        topk = [inputs.topk_idx for inputs in all_inputs(case, 0, check.size)]
+        casts = [cast_of(case, 0, rank, check.size) for rank in range(check.size)]
+        with check.buffer() as buffer:
+            (data, scales), *_ = buffer.low_latency_dispatch(
+                check.make("x", x), check.make("idx", mine.topk_idx), 9, num_experts, **FP8[fp8]
+            )
+        for local, origins in enumerate(oracle.expert_rows(topk, num_experts, check.rank).origins):
+            rows = [row for row, (_, token) in enumerate(origins) if token not in (1, 2)]
+            origins = [origins[row] for row in rows]
+            for name, got, part in (("recv_x", data, 0), ("scales", scales, 1)):
+                want = oracle.pick([cast[part] for cast in casts], origins)
+                check.same(f"{name} of expert {local}", check.frame.numpy(got)[local, rows], want)
+        check.unchanged()
 
 
 def beside_throughput_calls(check: Checker) -> None:
@@ -296,6 +319,7 @@ def late_hook_beside_zero_copy(check: Checker) -> None:
 
 ALWAYS = (
     results_are_near_float64,
+    infinities_stay_in_their_tokens,
     small_and_large_shapes,
     size_hint_is_enough,
     beside_throughput_calls,

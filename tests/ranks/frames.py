@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,10 +78,24 @@ class NumpyFrame:
         """Return the strides in elements."""
         return tuple(step // array.dtype.itemsize for step in array.strides)
 
+    def overwrite(self, array: Any) -> None:
+        """Fill a writable array with poison, after what is queued on the current stream."""
+        poison(self.numpy(array))
+
+    def synchronize(self) -> None:
+        """Wait until all that this rank's device was given is done."""
+
+    def set_up(self, rank: int) -> None:
+        """Choose a rank's device, in the rank's own thread, before its first Buffer."""
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Set up the framework for arrays of this kind, in all threads, and restore it."""
         yield
+
+    def gpu(self) -> int:
+        """Return the number of the rank's GPU."""
+        return _current_gpu()
 
 
 class TorchFrame(NumpyFrame):
@@ -171,8 +187,166 @@ class Jax64Frame(JaxFrame):
     has_x64 = True
 
 
+# --- on GPUs ------------------------------------------------------------------------------------
+# Ranks take GPUs in turn, so that several share one where there are fewer.
+
+
+def choose_gpu(rank: int) -> int:
+    """Make a rank's GPU current in this thread, and return its number."""
+    import cupy
+
+    index = rank % int(cupy.cuda.runtime.getDeviceCount())
+    cupy.cuda.Device(index).use()
+    return index
+
+
+def _flat(values: Array, order: str) -> tuple[Array, int, tuple[int, ...]]:
+    """Return the memory of an arranged array as one dimension, its first element, and strides."""
+    arranged = arrange(values, order)
+    steps = tuple(step // arranged.itemsize for step in arranged.strides)
+    span = 1 + sum((extent - 1) * step for extent, step in zip(values.shape, steps, strict=True))
+    raw = np.dtype(f"u{arranged.itemsize}")
+    used = np.lib.stride_tricks.as_strided(arranged.view(raw), (span,), (raw.itemsize,))
+    first = 1 if order == "gaps" else 0  # as `arrange` has it: not aligned to more than an element
+    return np.concatenate([np.zeros(first, raw), used]), first, steps
+
+
+class CupyFrame(NumpyFrame):
+    """CuPy arrays on the rank's GPU. CuPy has no fp8: such rows travel as uint8."""
+
+    name = "cupy"
+    adapter = ("epcomm.frameworks.cupy", "CupyFramework")
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+
+    def dtype(self, wanted: Any) -> np.dtype[Any]:
+        dtype = np.dtype(wanted)
+        return np.dtype(np.uint8) if "float8" in dtype.name else dtype
+
+    def make(self, values: Array, order: str = "rows") -> Any:
+        dtype = self.dtype(values.dtype)
+        if values.size == 0:
+            return self._cupy.empty(values.shape, dtype)
+        if values.ndim != 2 or order == "rows":
+            raw = np.ascontiguousarray(values).view(np.dtype(f"u{dtype.itemsize}"))
+            return self._cupy.asarray(raw).view(dtype)
+        flat, first, steps = _flat(values, order)
+        strides = tuple(step * dtype.itemsize for step in steps)
+        memory = self._cupy.asarray(flat).view(dtype)[first:]
+        return self._cupy.lib.stride_tricks.as_strided(memory, values.shape, strides)
+
+    def make_writable(self, values: Array) -> Any:
+        return self.make(values)
+
+    def numpy(self, array: Any) -> Array:
+        if isinstance(array, np.ndarray):
+            return array
+        raw = np.dtype(f"u{array.dtype.itemsize}")
+        return np.asarray(array.view(raw).get()).view(array.dtype)
+
+    def owns(self, array: Any, dtype: np.dtype[Any]) -> bool:
+        return isinstance(array, self._cupy.ndarray) and array.device.id == _current_gpu()
+
+    def overwrite(self, array: Any) -> None:
+        if array.size:
+            stream = self._cupy.cuda.get_current_stream()
+            array.data.memset_async(poison_byte(array.dtype), array.nbytes, stream)
+
+    def synchronize(self) -> None:
+        self._cupy.cuda.runtime.deviceSynchronize()
+
+    def set_up(self, rank: int) -> None:
+        choose_gpu(rank)
+
+
+class TorchCudaFrame(TorchFrame):
+    """torch tensors on the rank's GPU."""
+
+    name = "torch-cuda"
+
+    def make(self, values: Array, order: str = "rows") -> Any:
+        if values.ndim != 2 or order == "rows" or values.size == 0:
+            return super().make(values).cuda()
+        flat, first, steps = _flat(values, order)
+        memory = super().make(flat.view(values.dtype)).cuda()
+        return self._torch.as_strided(memory, values.shape, steps, first)
+
+    def numpy(self, array: Any) -> Array:
+        return super().numpy(array.detach().cpu())
+
+    def owns(self, array: Any, dtype: np.dtype[Any]) -> bool:
+        return (
+            isinstance(array, self._torch.Tensor)
+            and array.device.type == "cuda"
+            and array.device.index == self._torch.cuda.current_device()
+        )
+
+    def overwrite(self, array: Any) -> None:
+        array.view(self._torch.uint8).fill_(poison_byte(self.numpy(array[:0]).dtype))
+
+    def synchronize(self) -> None:
+        self._torch.cuda.synchronize()
+
+    def set_up(self, rank: int) -> None:
+        self._torch.cuda.set_device(choose_gpu(rank))
+
+
+class JaxCudaFrame(JaxFrame):
+    """JAX arrays on the rank's GPU, without 64-bit types."""
+
+    name = "jax-cuda"
+
+    def __init__(self) -> None:
+        # Several processes, and other frameworks, share each GPU's memory with it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        super().__init__()
+        # JAX changes a thread's current GPU as it likes, so the rank's is remembered.
+        self._gpu = threading.local()
+
+    def make(self, values: Array, order: str = "rows") -> Any:
+        device = next(
+            device
+            for device in self._jax.local_devices()
+            if device.local_hardware_id == self._gpu.index
+        )
+        return self._jax.device_put(np.array(arrange(values, order), order="C"), device)
+
+    def owns(self, array: Any, dtype: np.dtype[Any]) -> bool:
+        if self.dtype(dtype) != dtype:
+            return not isinstance(array, self._jax.Array)  # CuPy's: JAX cannot hold it
+        return isinstance(array, self._jax.Array) and {
+            (device.platform, device.local_hardware_id) for device in array.devices()
+        } == {("gpu", self._gpu.index)}
+
+    def synchronize(self) -> None:
+        import cupy
+
+        cupy.cuda.runtime.deviceSynchronize()
+
+    def set_up(self, rank: int) -> None:
+        self._jax.local_devices()
+        choose_gpu(rank)
+        self._gpu.index = _current_gpu()
+
+    def gpu(self) -> int:
+        return int(self._gpu.index)
+
+
+def _current_gpu() -> int:
+    import cupy
+
+    return int(cupy.cuda.runtime.getDevice())
+
+
 FRAMES: dict[str, type[NumpyFrame]] = {
-    frame.name: frame for frame in (NumpyFrame, TorchFrame, JaxFrame, Jax64Frame)
+    frame.name: frame
+    for frame in (
+        *(NumpyFrame, TorchFrame, JaxFrame, Jax64Frame),
+        *(CupyFrame, TorchCudaFrame, JaxCudaFrame),
+    )
 }
 
 _SHARED_NAMES = (
@@ -206,16 +380,25 @@ def poisoned_outputs(frame: NumpyFrame) -> Iterator[None]:
     adapter = getattr(importlib.import_module(module), name)
     make = adapter.empty
 
-    def make_poisoned(*args: Any, **options: Any) -> ArrayView:
-        view: ArrayView = make(*args, **options)
+    def make_poisoned(self: Any, *args: Any, **options: Any) -> ArrayView:
+        view: ArrayView = make(self, *args, **options)
         if view.device.kind == "cpu":
             ctypes.memset(view.ptr, poison_byte(view.dtype), view.num_bytes)
         else:
-            import cupy
-
-            cupy.cuda.runtime.memset(view.ptr, poison_byte(view.dtype), view.num_bytes)
-            cupy.cuda.runtime.deviceSynchronize()
+            _fill_gpu(self, view, *args, **options)
         return view
+
+    def _fill_gpu(
+        self: Any, view: ArrayView, shape: Any, dtype: Any, device: Any, stream: int | None
+    ) -> None:
+        import cupy
+
+        # Where the memory's last user was ordered, and then waited for: the call may run elsewhere.
+        used = self.current_stream(device) if stream is None else stream
+        if view.num_bytes:
+            byte = poison_byte(view.dtype)
+            cupy.cuda.runtime.memsetAsync(view.ptr, byte, view.num_bytes, used)
+        cupy.cuda.runtime.streamSynchronize(used)
 
     adapter.empty = make_poisoned
     try:

@@ -246,6 +246,21 @@ def low_latency_combine(
         is_by_rank: Whether a rank's experts are summed and rounded to bf16 before ranks are.
         skipped: Ranks that give nothing.
     """
+    with np.errstate(all="ignore"):
+        totals = _low_latency_totals(
+            rows_by_choice, topk_idx, topk_weights, num_local, is_by_rank, skipped
+        )
+    return round_to(totals, BFLOAT16)
+
+
+def _low_latency_totals(
+    rows_by_choice: Array,
+    topk_idx: Array,
+    topk_weights: Array,
+    num_local: int,
+    is_by_rank: bool,
+    skipped: Container[int],
+) -> npt.NDArray[np.float32]:
     totals = np.zeros((len(topk_idx), rows_by_choice.shape[2]), np.float32)
     for token, choices in enumerate(topk_idx.tolist()):
         weighted = [
@@ -263,7 +278,7 @@ def low_latency_combine(
                 if holder == rank:
                     share = share + row
             totals[token] = totals[token] + _float32(round_to(share, BFLOAT16))
-    return round_to(totals, BFLOAT16)
+    return totals
 
 
 def _float32(values: Array) -> npt.NDArray[np.float32]:

@@ -1,0 +1,368 @@
+"""The CUDA kernels on the CPU: see tests/emulator. The same .cu files, compiled by g++."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emulator.__main__ import FOUND
+from emulator.build import EmulatorError, Toolchain, pointer
+from emulator.cases import CASES, WATCHED_CASES, Case, Inputs, make_inputs, run_case, run_round
+from emulator.faults import FAULTS, Fault
+from emulator.world import Handle, Rank, World
+from ranks import oracle
+
+from epcomm.cuda_layout import AGREED
+from epcomm.jit.kernels import KernelSpec
+from epcomm.jit.sources import source_dir
+
+TESTS = Path(__file__).resolve().parents[1]
+#: The end of a process in which ThreadSanitizer found something.
+RACE = 66
+#: ThreadSanitizer wants memory where it expects it.
+FIXED_ADDRESSES = ("setarch", "--addr-no-randomize")
+#: How long compiled kernels are kept.
+KEPT_S = 24 * 3600
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64",
+    reason="the emulator's fibers need g++ and an x86-64 processor",
+)
+
+
+@pytest.fixture(scope="session")
+def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder where compiled kernels stay from run to run."""
+    if pytestconfig.cache is None:
+        return tmp_path_factory.mktemp("emulator")
+    folder = Path(pytestconfig.cache.mkdir("emulator"))
+    for library in folder.glob("*.so"):
+        if time.time() - library.stat().st_mtime > KEPT_S:
+            library.unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toolchain(cache: Path) -> Toolchain:
+    """Return what compiles and launches kernels."""
+    return Toolchain(cache)
+
+
+# --- right results -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_calls_are_right_bit_by_bit(case: Case, toolchain: Toolchain) -> None:
+    run_case(case, toolchain)
+
+
+# --- failures that kernels report --------------------------------------------------------------
+
+_CASE = Case("failures", (7, 12, 5), num_rounds=1)
+
+
+def route(rank: Rank, topk_idx: oracle.Array, num_worst_tokens: int = 0) -> Handle:
+    """Make the calls that lead to a handle."""
+    _, per_expert, in_rank = rank.layout(topk_idx, _CASE.num_experts)
+    return rank.route(in_rank, per_expert, num_worst_tokens)
+
+
+@pytest.fixture
+def world(toolchain: Toolchain) -> World:
+    """Return three ranks."""
+    return _CASE.world(toolchain)
+
+
+@pytest.fixture
+def inputs() -> list[Inputs]:
+    """Return what each rank passes."""
+    return [make_inputs(_CASE, 0, rank, 1) for rank in range(_CASE.num_ranks)]
+
+
+@pytest.mark.parametrize(
+    ("call", "phase"), [("route", "counts"), ("dispatch", "arrival"), ("combine", "arrival")]
+)
+def test_a_rank_that_never_comes_is_named(
+    call: str, phase: str, world: World, inputs: list[Inputs]
+) -> None:
+    """Rank 0 gives up first and says for whom it waited; rank 1 says that rank 0 gave up."""
+    handles: dict[int, Handle] = {}
+
+    def prepare(rank: Rank) -> None:
+        handles[rank.rank] = route(rank, inputs[rank.rank].topk_idx)
+
+    world.run(prepare)
+    world.ranks[0].timeout_s = 0.2
+
+    def one_call(rank: Rank) -> None:
+        own, handle = inputs[rank.rank], handles[rank.rank]
+        if call == "route":
+            route(rank, own.topk_idx)
+        elif call == "dispatch":
+            rank.dispatch(handle, own.rows)
+        else:
+            rank.combine(handle, np.zeros((handle.num_recv, 8), np.float32))
+
+    def all_but_last(rank: Rank) -> None:
+        if rank.rank != 2:
+            one_call(rank)
+
+    first, second, _ = world.failures(all_but_last)
+    assert first is not None
+    assert second is not None
+    assert (first.failure, first.phase, int(first.record["peer"])) == ("timeout", phase, 2)
+    assert int(first.record["seen"]) < int(first.record["expected"]) == 2
+    assert (second.failure, second.phase, int(second.record["peer"])) == ("peer gave up", phase, 0)
+
+
+def test_a_late_rank_ends_too(world: World, inputs: list[Inputs]) -> None:
+    """Whoever comes after the others gave up does not wait for them for ever."""
+    world.ranks[0].timeout_s = 0.2
+
+    def late(rank: Rank, latest: int) -> None:
+        if (rank.rank == 2) == (latest == 2):
+            route(rank, inputs[rank.rank].topk_idx)
+
+    early = world.failures(partial(late, latest=0))
+    assert [error is None for error in early] == [False, False, True]
+    last = world.failures(partial(late, latest=2))[2]
+    assert last is not None
+    assert (last.failure, int(last.record["peer"])) == ("peer gave up", 0)
+
+
+@pytest.mark.parametrize("call", ["route", "dispatch", "combine"])
+def test_disagreeing_ranks_learn_it_and_work_on(
+    call: str, world: World, inputs: list[Inputs]
+) -> None:
+    def disagreeing(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        header = {"dtype": 7 if rank.rank == 1 else 4}
+        _, per_expert, in_rank = rank.layout(own.topk_idx, _CASE.num_experts)
+        handle = rank.route(in_rank, per_expert, header=header if call == "route" else None)
+        if call == "dispatch":
+            rank.dispatch(handle, own.rows, header=header)
+        else:
+            rank.combine(handle, np.zeros((handle.num_recv, 8), np.float32), header=header)
+
+    for failed in world.failures(disagreeing):
+        assert failed is not None
+        assert failed.failure == "mismatch"
+        assert AGREED[int(failed.record["field"])] == "dtype"
+        assert failed.record["values"][:3].tolist() == [4, 7, 4]
+    world.run(partial(run_round, _CASE, inputs))
+
+
+def test_too_many_rows_are_refused_everywhere_and_nothing_moves(
+    world: World, inputs: list[Inputs]
+) -> None:
+    topk = [own.topk_idx for own in inputs]
+    num_recv = len(oracle.arrivals(topk, _CASE.num_experts, 1))
+
+    def too_many(rank: Rank) -> None:
+        route(rank, topk[rank.rank], num_recv - 1 if rank.rank == 1 else 100)
+
+    for failed in world.failures(too_many):
+        assert failed is not None
+        assert failed.failure == "too many rows"
+        record = failed.record
+        assert [int(record[name]) for name in ("peer", "expected", "seen")] == [
+            1,
+            num_recv - 1,
+            num_recv,
+        ]
+    world.run(partial(run_round, _CASE, inputs))
+
+
+def test_a_bad_expert_is_reported_and_left_out(world: World, inputs: list[Inputs]) -> None:
+    topk_idx = inputs[0].topk_idx.copy()
+    topk_idx[2] = [_CASE.num_experts, -2, 0]
+
+    def layout(rank: Rank) -> None:
+        rank.layout(topk_idx if rank.rank == 0 else inputs[rank.rank].topk_idx, _CASE.num_experts)
+
+    first, *others = world.failures(layout)
+    assert first is not None
+    assert first.failure == "bad expert"
+    assert others == [None, None]
+
+
+# --- processes of their own --------------------------------------------------------------------
+
+
+def run_program(
+    case: str, cache: Path, *, sources: Path | None = None, is_watched: bool = False, seeds: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Run a case as a program, so that nothing that it does harms this process."""
+    command = [sys.executable, "-m", "emulator", "--cache", str(cache), "--case", case]
+    command += ["--seeds", str(seeds), *(["--watched"] if is_watched else [])]
+    if sources is not None:
+        # A rank that waits for what no longer comes need not do so for long.
+        command += ["--sources", str(sources), "--timeout", "5"]
+    env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    if is_watched:
+        env |= {
+            "LD_PRELOAD": thread_sanitizer(),
+            "TSAN_OPTIONS": f"exitcode={RACE} halt_on_error=1 history_size=0",
+        }
+        command = [*FIXED_ADDRESSES, *command]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def thread_sanitizer() -> str:
+    """Return the path of ThreadSanitizer's library."""
+    command = ["g++", "-print-file-name=libtsan.so"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@lru_cache
+def why_no_thread_sanitizer() -> str:
+    """Return why ThreadSanitizer cannot run here; empty where it can."""
+    library = thread_sanitizer()
+    if not Path(library).is_absolute():
+        return "g++ has no ThreadSanitizer"
+    program = [*FIXED_ADDRESSES, sys.executable, "-c", ""]
+    env = os.environ | {"LD_PRELOAD": library}
+    done = subprocess.run(program, env=env, capture_output=True, text=True)
+    return f"ThreadSanitizer does not run: {done.stderr[-200:]}" if done.returncode else ""
+
+
+def skip_without_thread_sanitizer() -> None:
+    """Skip a test that needs it."""
+    if why_no_thread_sanitizer():
+        pytest.skip(why_no_thread_sanitizer())
+
+
+@pytest.mark.parametrize("case", WATCHED_CASES, ids=lambda case: case.name)
+def test_thread_sanitizer_finds_no_race(case: Case, cache: Path) -> None:
+    skip_without_thread_sanitizer()
+    done = run_program(case.name, cache, is_watched=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- the test of the tests ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def found(
+    request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Fault, Future[subprocess.CompletedProcess[str]]]]:
+    """Plant the faults that this session asks for, each in sources of its own, side by side."""
+    folder = tmp_path_factory.mktemp("faults")
+
+    def run(fault: Fault) -> subprocess.CompletedProcess[str]:
+        sources = folder / str(FAULTS.index(fault))
+        fault.plant(source_dir(), sources)
+        is_watched = fault.is_watched
+        return run_program(fault.case, cache, sources=sources, is_watched=is_watched, seeds=8)
+
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    faults = [call.params["fault"] for call in calls if call and "fault" in call.params]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {fault: pool.submit(run, fault) for fault in faults}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_faults_are_found(
+    fault: Fault, found: dict[Fault, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    if fault.is_watched:
+        skip_without_thread_sanitizer()
+    done = found[fault].result()
+    wanted = (FOUND, RACE) if fault.is_watched else (FOUND,)
+    assert done.returncode in wanted, done.stdout + done.stderr
+
+
+# --- the emulator itself -----------------------------------------------------------------------
+
+_RULES = """
+extern "C" __global__ void epcomm_probe(const unsigned params) {{
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  shared_memory[0] = static_cast<unsigned char>(params);
+  {body}
+}}
+"""
+
+_CONVERSIONS = """
+#include "ptx/convert.cuh"
+
+struct Params {
+  const float* in;
+  unsigned short* out[2];
+  float* wide;
+  unsigned number;
+};
+
+extern "C" __global__ void epcomm_probe(const Params params) {
+  for (unsigned i = 0; i < params.number; ++i) {
+    params.out[0][i] = epcomm::ptx::cvt_rn_bf16x2_f32(0.0f, params.in[i]) >> 16;
+    params.out[1][i] = epcomm::ptx::cvt_rn_f16x2_f32(params.in[i], 0.0f);
+    params.wide[i] = epcomm::ptx::cvt_f32_f16(params.out[1][i]);
+  }
+}
+"""
+
+
+def launch_probe(text: str, params: oracle.Array, cache: Path, sources: Path) -> None:
+    """Run one block of 64 threads of a kernel, its text given; it has 64 bytes of shared memory."""
+    for folder in ("common", "ptx"):
+        shutil.copytree(source_dir() / folder, sources / folder)
+    (sources / "kernels").mkdir()
+    (sources / "kernels" / "probe.cu").write_text(text)
+    own = Toolchain(cache, sources)
+    try:
+        own.launch(
+            KernelSpec("probe", ()),
+            num_blocks=1,
+            num_threads=64,
+            params=params,
+            shared_bytes=64,
+            seed=1,
+            rank=0,
+        )
+    finally:
+        own.reset()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("if (threadIdx.x < 40) __syncthreads();", "wait for ever"),
+        ("if (threadIdx.x % 2) __syncwarp();\nelse __syncwarp();", "different places"),
+        ("shared_memory[params] = 1;", "shared memory was written"),
+        ("__shfl_sync(1u, 0u, 0);", "whole warps only"),
+    ],
+)
+def test_kernels_that_break_the_rules_are_stopped(
+    body: str, message: str, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EmulatorError, match=message):
+        launch_probe(_RULES.format(body=body), np.array(64, np.uint32), cache, tmp_path)
+
+
+def test_conversions_round_to_nearest_even(cache: Path, tmp_path: Path) -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)].astype(np.float32)
+    random = np.random.default_rng(3).integers(0, 1 << 32, 50_000, np.uint32).view(np.float32)
+    # All values, all ties between neighbours, and any others.
+    values = np.concatenate([finite, (finite[1:] + finite[:-1]) / 2, random[~np.isnan(random)]])
+    out = np.zeros((2, len(values)), np.uint16)
+    wide = np.zeros(len(values), np.float32)
+    layout = [("in", "u8"), ("out", "u8", (2,)), ("wide", "u8"), ("number", "u4")]
+    params = np.zeros((), np.dtype(layout, align=True))
+    params["in"], params["wide"] = pointer(values), pointer(wide)
+    params["out"], params["number"] = [pointer(part) for part in out], len(values)
+    launch_probe(_CONVERSIONS, params, cache, tmp_path)
+    with np.errstate(over="ignore"):
+        want = [values.astype(dtype).view(np.uint16) for dtype in (oracle.BFLOAT16, np.float16)]
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(wide, out[1].view(np.float16).astype(np.float32))

@@ -1,0 +1,250 @@
+"""Faults to plant in the CUDA sources: the tests' own test is that each is found."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator.cases import WATCHED_CASES
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A small wrong change.
+
+    Attributes:
+        name: What is wrong.
+        file: Where, below the sources.
+        right: The text that stands there, once.
+        wrong: What takes its place.
+        case: The case that must fail, or of which ThreadSanitizer must complain.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    case: str
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether ThreadSanitizer finds it."""
+        return self.case in (WATCHED, WATCHED_LOADS_AND_STORES)
+
+    def plant(self, sources: Path, target: Path) -> None:
+        """Copy the sources with the fault in them.
+
+        Raises:
+            ValueError: The sources no longer hold the text: the fault needs a new one.
+        """
+        shutil.copytree(sources, target, ignore=shutil.ignore_patterns("__pycache__"))
+        path = target / self.file
+        text = path.read_text()
+        if text.count(self.right) != 1:
+            raise ValueError(
+                f"fault {self.name!r}: not once, but {text.count(self.right)} times in "
+                f"{self.file}:\n{self.right}"
+            )
+        path.write_text(text.replace(self.right, self.wrong))
+
+
+WATCHED, WATCHED_LOADS_AND_STORES = (case.name for case in WATCHED_CASES)
+_ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
+_RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
+
+FAULTS = (
+    Fault(
+        "route: no barrier between a list and its release",
+        _ROUTE,
+        "    __syncthreads();\n"
+        "    if (threadIdx.x == 0) {\n"
+        "      ptx::st_release_sys_u64(slab::listed",
+        "    if (threadIdx.x == 0) {\n      ptx::st_release_sys_u64(slab::listed",
+        "four ranks",
+    ),
+    Fault(
+        "route: no wait for a list",
+        _ROUTE,
+        "is_good = comm::wait_cell(call, comm::kLists, other, epoch,\n"
+        "                                slab::listed_cell(call.slabs, me, other));",
+        "is_good = true;",
+        "four ranks",
+    ),
+    Fault(
+        "route: first positions count one source too many",
+        _ROUTE,
+        "for (u32 source = 0; source < me; ++source) first +=",
+        "for (u32 source = 0; source <= me; ++source) first +=",
+        "two ranks",
+    ),
+    Fault(
+        "route: rows arrive in the wrong source's order",
+        _ROUTE,
+        "for (u32 source = 0; source < other; ++source) base +=",
+        "for (u32 source = other + 1; source < kNumRanks; ++source) base +=",
+        "three ranks",
+    ),
+    Fault(
+        "route: a scan without its barrier",
+        _ROUTE,
+        "warp_sums[warp_index()] = inclusive;\n  __syncthreads();\n",
+        "warp_sums[warp_index()] = inclusive;\n",
+        "four ranks",
+    ),
+    Fault(
+        "call: a kernel forgets to count its epoch",
+        _CALL,
+        "call.state->epoch = epoch;",
+        "call.state->epoch = epoch - 1;",
+        "two ranks",
+    ),
+    Fault(
+        "call: claims are not taken back",
+        _CALL,
+        "for (u32 i = 0; i < kNumClaims; ++i) call.state->claimed[i] = 0;",
+        "",
+        "two ranks",
+    ),
+    Fault(
+        "call: the last block does not wait for its threads",
+        _CALL,
+        "  __shared__ u32 is_last;\n  __syncthreads();\n",
+        "  __shared__ u32 is_last;\n",
+        WATCHED,
+    ),
+    Fault(
+        "slab: the stage has one half",
+        _SLAB,
+        "slabs.stage_offset + (epoch % 2) * slabs.stage_bytes",
+        "slabs.stage_offset + (epoch % 1) * slabs.stage_bytes",
+        WATCHED,
+    ),
+    Fault(
+        "dispatch: a unit's flag is raised before all warps staged",
+        _DISPATCH,
+        "    ptx::barrier_sync(comm::kStageBarrier, kNumStageWarps * kWarpSize);\n",
+        "",
+        "two ranks",
+    ),
+    Fault(
+        "dispatch: a flag without release",
+        _DISPATCH,
+        "ptx::st_release_sys_u32("
+        "slab::stage_flags(call.slabs, lane_index(), call.rank) + unit, epoch);",
+        "slab::stage_flags(call.slabs, lane_index(), call.rank)[unit] = epoch;",
+        WATCHED,
+    ),
+    Fault(
+        "dispatch: no wait for staged rows",
+        _DISPATCH,
+        "if (!wait_batch()) return false;",
+        "",
+        "two ranks",
+    ),
+    Fault(
+        "dispatch: fetches wait for the unit before theirs",
+        _DISPATCH,
+        "batch_.token() / kNumStageWarps;",
+        "batch_.token() / kNumStageWarps - (batch_.token() >= kNumStageWarps);",
+        "four ranks",
+    ),
+    Fault(
+        "dispatch: no fence between the acquire and the copy engine",
+        _DISPATCH,
+        "#if kUseBulk\n    ptx::fence_proxy_async();\n#endif\n",
+        "",
+        WATCHED,
+    ),
+    Fault(
+        "dispatch: what one lane acquired is not the warp's",
+        _DISPATCH,
+        "    __syncwarp();  // a vote orders no memory",
+        "    // a vote orders no memory",
+        WATCHED_LOADS_AND_STORES,
+    ),
+    Fault(
+        "dispatch: choices of other ranks stay",
+        _DISPATCH,
+        "const bool is_here = expert >= 0 && expert < p_.num_local_experts;",
+        "const bool is_here = expert >= 0;",
+        "two ranks",
+    ),
+    Fault(
+        "ring: pieces are used before they are there",
+        _RING,
+        "      ptx::mbarrier_wait(barriers_ + stage, k / kNumStages % 2);\n",
+        "",
+        "two ranks",
+    ),
+    Fault(
+        "ring: a barrier's parity never changes",
+        _RING,
+        "k / kNumStages % 2);",
+        "0);",
+        "two ranks",
+    ),
+    Fault(
+        "ring: slots are loaded again while they are read",
+        _RING,
+        "        ptx::bulk_wait_read<1>();",
+        "        ",
+        "two ranks",
+    ),
+    Fault(
+        "ring: lanes still read a slot that is loaded again",
+        _RING,
+        "      __syncwarp();\n      if (has_more)",
+        "      if (has_more)",
+        WATCHED,
+    ),
+    Fault(
+        "ring: pieces are sent before they are written",
+        _RING,
+        "        if (is_issuer) ptx::bulk_wait<kLag>();\n",
+        "",
+        "four ranks, one block",
+    ),
+    Fault(
+        "ring: a warp ends before its copies",
+        _RING,
+        "    if (is_issuer) ptx::bulk_wait<0>();\n",
+        "",
+        "two ranks",
+    ),
+    Fault(
+        "combine: slots are written before peers arrive",
+        _COMBINE,
+        "if (comm::wait_arrival(call, comm::kArrival, epoch, blockDim.x)) {",
+        "if (true) {",
+        WATCHED,
+    ),
+    Fault(
+        "combine: rows wait for an earlier unit's flag",
+        _COMBINE,
+        "- streams.first_there[rank]) / params.unit_rows;",
+        "- streams.first_there[rank]) / params.unit_rows / 8;",
+        "four ranks, one block",
+    ),
+    Fault(
+        "combine: no wait for rows",
+        _COMBINE,
+        "if (rank != call.rank && position >= 0) {",
+        "if (false && rank != call.rank && position >= 0) {",
+        "two ranks",
+    ),
+    Fault(
+        "combine: what one lane acquired is not the warp's",
+        _COMBINE,
+        "  __syncwarp();  // a vote orders no memory",
+        "  // a vote orders no memory",
+        WATCHED,
+    ),
+    Fault(
+        "combine: a bias is added twice",
+        _COMBINE,
+        "if (params.bias[1] != nullptr) add(ptx::ld_no_allocate_vec16(params.bias[1] + at), sums);",
+        "if (params.bias[1] != nullptr) add(ptx::ld_no_allocate_vec16(params.bias[0] + at), sums);",
+        "two ranks",
+    ),
+)

@@ -1,0 +1,31 @@
+"""Tells scripts/gpu_check of every test as it ends, so that a run that is cut off is not lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+#: Name of the file to add a line to, where scripts/gpu_check started pytest.
+RESULTS = "GPU_CHECK_RESULTS"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add a test's outcome: that of its call, or of a setup or teardown that did not pass."""
+    if RESULTS not in os.environ or (report.when != "call" and report.passed):
+        return
+    if report.skipped:
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        lines = [str(reason)]
+    else:
+        lines = report.longreprtext.splitlines()
+    entry = {
+        "name": report.nodeid,
+        "outcome": report.outcome,
+        "seconds": round(report.duration, 1),
+        "lines": lines[-30:],
+    }
+    with Path(os.environ[RESULTS]).open("a") as file:
+        file.write(json.dumps(entry) + "\n")

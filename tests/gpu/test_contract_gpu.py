@@ -1,0 +1,83 @@
+"""The call contract on the cuda engine: CuPy, torch and JAX arrays, on 1 to 4 GPUs.
+
+The digest of a rank is that of all outputs' bits, so it must not depend on how ranks are started,
+on the framework, or on the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+
+import contract
+import pytest
+from launch import Result, run_threads_of
+
+PROGRAMS = ("contract_dispatch", "contract_buffers", "contract_training")
+#: Frames, and the one on the CPU whose arrays have the same dtypes: their digests are equal.
+ON_CPU = {"cupy": "numpy", "torch-cuda": "numpy", "jax-cuda": "jax"}
+MODULES = {"cupy": "cupy", "torch-cuda": "torch", "jax-cuda": "jax"}
+TIMEOUT_S = 85.0
+
+Digests = dict[str, list[str]]
+
+sizes = [pytest.param(n, marks=pytest.mark.gpu(n), id=str(n)) for n in (1, 2, 3, 4)]
+frames = pytest.mark.parametrize("frame", list(ON_CPU))
+pytestmark = pytest.mark.timeout(90)
+
+
+def need(frame: str) -> None:
+    """Skip where the frame's framework is missing, or sees no GPU."""
+    module = pytest.importorskip(MODULES[frame], reason=f"{MODULES[frame]} is not installed")
+    if frame == "torch-cuda" and not module.version.cuda:
+        pytest.skip("this torch was built without CUDA")
+
+
+def digests_in(result: Result, num_ranks: int) -> Digests:
+    """Return each program's digests by rank."""
+    found = re.findall(r"EPCOMM-DIGEST (\w+) (\d+) (\w+)", result.stdout)
+    by_key = {(name, int(rank)): digest for name, rank, digest in found}
+    return {name: [by_key[name, rank] for rank in range(num_ranks)] for name in PROGRAMS}
+
+
+@cache
+def on_threads(frame: str, num_ranks: int) -> Digests:
+    """Run all programs with ranks as threads of a new process."""
+    arguments = (frame, "--threads", num_ranks, *PROGRAMS)
+    result = run_threads_of("gpu_contract", num_ranks, *arguments, timeout_s=TIMEOUT_S)
+    return digests_in(result, num_ranks)
+
+
+def want(frame: str, num_ranks: int) -> Digests:
+    """Return the digests that the host engine gives, in this process."""
+    if frame == "jax-cuda" and num_ranks != 2:
+        return on_threads(frame, num_ranks)  # JAX is slow on the CPU: one size will do
+    return {name: contract.run_as_threads(name, num_ranks, ON_CPU[frame]) for name in PROGRAMS}
+
+
+@pytest.mark.parametrize("num_ranks", sizes)
+@frames
+def test_with_ranks_as_threads(frame: str, num_ranks: int) -> None:
+    need(frame)
+    assert on_threads(frame, num_ranks) == want(frame, num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", sizes)
+@frames
+def test_under_mpi_with_the_same_bits(
+    mpiexec: Callable[..., Result], frame: str, num_ranks: int
+) -> None:
+    need(frame)
+    result = mpiexec("gpu_contract", num_ranks, frame, *PROGRAMS, timeout_s=TIMEOUT_S)
+    assert digests_in(result, num_ranks) == want(frame, num_ranks)
+
+
+@pytest.mark.gpu(1)
+@frames
+def test_two_ranks_on_one_gpu(mpiexec: Callable[..., Result], frame: str) -> None:
+    """Processes take turns on the GPU, so every wait for a peer lasts a time slice."""
+    need(frame)
+    env = {"CUDA_VISIBLE_DEVICES": "0"}
+    result = mpiexec("gpu_contract", 2, frame, *PROGRAMS, timeout_s=TIMEOUT_S, env=env)
+    assert digests_in(result, 2) == want(frame, 2)

@@ -1,0 +1,57 @@
+"""Several contract programs on the cuda engine in one start, under mpiexec or as threads.
+
+    gpu_contract.py FRAME [--threads N] PROGRAM...
+
+With ``--threads`` this one process plays all ranks. Prints each rank's digest of each program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from typing import Any
+
+os.environ["EPCOMM_ENGINE"] = "cuda"  # for Buffers that a program does not make itself
+
+from common import frame_of
+from frames import FRAMES, poisoned_outputs
+
+from epcomm import as_group, run_threads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("frame", choices=FRAMES)
+    parser.add_argument("programs", nargs="+")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    frame = frame_of(options.frame)
+    modules = {name: importlib.import_module(name) for name in options.programs}
+
+    def run(group: Any) -> None:
+        rank = as_group(group).rank
+        frame.set_up(rank)
+        lines = []
+        for name, module in modules.items():
+            digest = module.run(group, frame, "cuda")
+            lines.append(f"EPCOMM-DIGEST {name} {rank} {digest}\n")
+        # One write, so that the lines of other ranks do not fall between.
+        sys.stdout.write("".join(lines) + f"EPCOMM-OK {rank}\n")
+        sys.stdout.flush()
+
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module="(jax|torch|cupy|cupyx)")
+    with poisoned_outputs(frame):
+        if options.threads:
+            run_threads(run, options.threads)
+        else:
+            from mpi4py import MPI
+
+            run(MPI.COMM_WORLD)
+
+
+if __name__ == "__main__":
+    main()
