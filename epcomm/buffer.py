@@ -60,7 +60,8 @@ class Buffer:
         explicitly_destroy: Kept as an attribute; `destroy` may be called either way.
         enable_shrink: Let low-latency calls go on without ranks that do not answer in time.
         comm: An mpi4py communicator, in place of ``group``.
-        engine: ``"auto"``, ``"host"`` or ``"cuda"``; None takes EPCOMM_ENGINE.
+        engine: ``"host"``, ``"cuda"`` (experimental; arrays on GPUs) or ``"auto"``, the host engine
+            for now; None takes EPCOMM_ENGINE.
         timeout_s: Deadline of every wait, in seconds; None takes EPCOMM_TIMEOUT_S.
         device: Number of this rank's GPU; None takes the one that is current (CuPy, torch). JAX
             changes it at will, so name it there.
@@ -791,7 +792,11 @@ class Buffer:
         event = engine.end(order, keep)
         if not framework.has_streams:
             engine.synchronize()
-        return EventOverlap(event, (keep,)) if order.is_async else EventOverlap()
+        if not order.is_async:
+            return EventOverlap()
+        device = self._place.device
+        handle = EventHandle.of(event, lambda: framework.current_stream(device))
+        return EventOverlap(handle, (keep,))
 
     def _allocate(self, framework: Framework, order: StreamOrder | None) -> Allocate:
         device = self._place.device
@@ -806,7 +811,8 @@ def _choose_engine(wanted: str) -> str:
     if wanted not in env.ENGINES:
         raise InvalidArgument(f"engine is {wanted!r}; it must be one of {', '.join(env.ENGINES)}.")
     if wanted == "auto":
-        return "cuda" if find_num_gpus() > 0 else "host"
+        # NOTE: the cuda engine is asked for by name until a full run of its GPU tests is recorded.
+        return "host"
     if wanted == "cuda" and find_num_gpus() == 0:
         raise UnsupportedConfig(
             "engine='cuda' found no GPU that CuPy can use; install 'epcomm[cuda12]' or "

@@ -53,6 +53,17 @@ def cast_to_fp8(
         out_scales: ``[num_rows, num_scales]``, written: what an e4m3 value is multiplied with to
             get its row's value back.
     """
+    # Infinities and NaNs are the caller's own values, as on a GPU: no warnings.
+    with np.errstate(all="ignore"):
+        _cast(rows, fp8, out, out_scales)
+
+
+def _cast(
+    rows: npt.NDArray[Any],
+    fp8: Fp8Format,
+    out: npt.NDArray[Any],
+    out_scales: npt.NDArray[Any],
+) -> None:
     blocks = rows.astype(np.float32).reshape(len(rows), rows.shape[1] // BLOCK, BLOCK)
     amax = np.maximum(np.abs(blocks).max(axis=2), _MIN_AMAX)
     inverse = amax / _MAX

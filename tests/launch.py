@@ -29,6 +29,7 @@ OK_MARK = "EPCOMM-OK"
 
 # Variables of an outer MPI job, or that change what epcomm does. MPI4PY_* stays: it chooses the MPI
 # library. Unbuffered Python writes a line in pieces, between which those of other ranks fall.
+_SETTINGS = re.compile(r"OMPI_MCA_(plm|rmaps|hwloc|btl|pml|mtl|osc|rte)_?")
 _CLEANED = re.compile(
     r"MPI(?!4PY_)|I_MPI|PMI|OMPI_|OPAL_|PRTE_|HYD|SLURM|EPCOMM_|PYTHONUNBUFFERED$"
 )
@@ -157,7 +158,12 @@ def run_command(command: str, *, cwd: Path, timeout_s: float = 120.0) -> Result:
 
 
 def _clean_environment() -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if not _CLEANED.match(name)}
+    # Open MPI's own settings stay: a machine may need them to start anything.
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if _SETTINGS.match(name) or not _CLEANED.match(name)
+    }
     env["PYTHONPATH"] = str(ROOT)
     env["PYTHONFAULTHANDLER"] = "1"
     env["OMP_NUM_THREADS"] = "1"

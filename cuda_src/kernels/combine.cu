@@ -77,7 +77,7 @@ __device__ __forceinline__ void add(const Vec16& v, float* sums) {
     widen(v.word[i], wide);
 #pragma unroll
     for (u32 j = 0; j < kPerWord; ++j) {
-      sums[i * kPerWord + j] = __fadd_rn(sums[i * kPerWord + j], wide[j]);
+      sums[i * kPerWord + j] = ptx::add_rn_f32(sums[i * kPerWord + j], wide[j]);
     }
   }
 }
@@ -390,7 +390,7 @@ __device__ inline void sum_weights(const CombineParams& params, const Streams& s
     for (u32 rank = 0; rank < kNumRanks; ++rank) {
       const i32 row = __shfl_sync(kFullWarp, position, place * kNumRanks + rank);
       if (row < 0 || at >= params.num_topk) continue;
-      sum = __fadd_rn(sum, ptx::as_float(weights_from(params, streams, rank, row)[at]));
+      sum = ptx::add_rn_f32(sum, ptx::as_float(weights_from(params, streams, rank, row)[at]));
     }
     if (at < params.num_topk) {
       params.out_weights[u64(token) * params.num_topk + at] = ptx::as_bits(sum);

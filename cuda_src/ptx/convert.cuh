@@ -1,4 +1,6 @@
-// Conversions between fp32 and the 16-bit formats, two values a word; round to nearest even.
+// fp32 sums, and conversions between fp32 and the 16-bit formats, two values a word; all round to
+// nearest even. As assembly, because the compiler is run with options that flush subnormals in its
+// own arithmetic, and sums have to be the same bits as on the host.
 #pragma once
 
 #include "common/types.cuh"
@@ -7,6 +9,12 @@ namespace epcomm::ptx {
 
 __device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ u32 as_bits(float value) { return __float_as_uint(value); }
+
+__device__ __forceinline__ float add_rn_f32(float a, float b) {
+  float sum;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+}
 
 // The lower half of the word gets the first value.
 __device__ __forceinline__ u32 cvt_rn_bf16x2_f32(float low, float high) {

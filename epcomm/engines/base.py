@@ -268,8 +268,8 @@ class Engine(Protocol):
         """Order the next call after what it has to wait for."""
         ...
 
-    def end(self, order: StreamOrder, keep: Any) -> EventHandle:
-        """Order the caller after the call; return the call's event.
+    def end(self, order: StreamOrder, keep: Any) -> Any:
+        """Order the caller after the call; return an event of `epcomm.streams`, or None.
 
         Args:
             order: As given to `begin`.

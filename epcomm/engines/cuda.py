@@ -40,7 +40,6 @@ from epcomm.engines.base import (
     TopK,
 )
 from epcomm.errors import CommTimeout, InvalidArgument, UnsupportedConfig
-from epcomm.events import EventHandle
 from epcomm.gpus import has_bulk_copies
 from epcomm.group import Group
 from epcomm.handle import DispatchHandle
@@ -230,7 +229,7 @@ class CudaEngine:
         if is_elsewhere and not self._is_capturing:
             streams.wait(self._stream.ptr, self._last_event)
 
-    def end(self, order: StreamOrder, keep: Any) -> EventHandle:
+    def end(self, order: StreamOrder, keep: Any) -> Any:
         """See `Engine.end`."""
         event = streams.record(self._stream.ptr)
         if self._is_capturing:
@@ -243,7 +242,7 @@ class CudaEngine:
         stream = order.current_stream
         if stream is not None and not order.is_async and self._stream.ptr != stream:
             streams.wait(stream, event)
-        return EventHandle.of(event, lambda: stream)
+        return event
 
     def synchronize(self) -> None:
         """See `Engine.synchronize`."""
@@ -251,10 +250,15 @@ class CudaEngine:
         self._raise_failures()
 
     def _wait_all(self) -> None:
+        """Wait for all calls that ended. Callers' streams may be gone by now: events are waited for."""
         self._comm_stream.synchronize()
-        cupy.cuda.runtime.streamSynchronize(self._stream.ptr)
         if self._last_event is not None:
             self._last_event.synchronize()
+
+    def _wait_call(self) -> None:
+        """Wait for the call in hand, and all before it."""
+        cupy.cuda.runtime.streamSynchronize(self._stream.ptr)
+        self._wait_all()
 
     def _raise_failures(self) -> None:
         error = cuda_failures.error_in(
@@ -309,14 +313,14 @@ class CudaEngine:
         assert request.layout is not None  # the Buffer gives one of the two
         num_experts = request.layout.num_tokens_per_expert.shape[0]
         self._check_experts(num_experts)
-        self._num_dispatches += 1
-        serial = self._num_dispatches
         num_tokens = request.data.shape[0]
         staged = _staged_row_bytes(request)
         header = self._header("dispatch", 0, request, num_experts)
         if request.num_worst_tokens:
             self._check_room(num_tokens, staged)
         ticket = self._route(request, header, num_experts)
+        # Only now: a call that was refused above does not count, on this rank alone as well.
+        self._num_dispatches += 1
         record, num_recv = self._route_result, request.num_worst_tokens
         counts: list[int] = []
         if not request.num_worst_tokens:
@@ -329,7 +333,7 @@ class CudaEngine:
             self._grow(areas_for(self._group.size, max_tokens, staged, 0))
         handle = DispatchHandle(
             buffer_id=self._buffer_id,
-            serial=serial,
+            serial=self._num_dispatches,
             num_tokens=num_tokens,
             num_recv_rows=num_recv,
             num_recv_tokens=None if request.num_worst_tokens else num_recv,
@@ -424,7 +428,8 @@ class CudaEngine:
             if int(seen) == ticket:
                 break
             if failure:
-                self.synchronize()
+                self._wait_call()
+                self._raise_failures()
             time.sleep(0)
             if polls % _POLLS_BEFORE_DEADLINE == 0 and time.monotonic() > end:
                 raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
@@ -583,7 +588,7 @@ class CudaEngine:
         if self._is_capturing:
             raise self._no_room(needed)
         # Peers may still use this slab: each has to be done before the old slabs go.
-        self._wait_all()
+        self._wait_call()
         self._raise_failures()
         old = self._slabs
         self._areas = self._areas.merged_with(needed)

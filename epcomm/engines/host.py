@@ -34,7 +34,6 @@ from epcomm.engines.base import (
 from epcomm.engines.host_low_latency import HostLowLatency
 from epcomm.engines.sections import Sections, as_rows, gather_rows
 from epcomm.errors import InvalidArgument, UnsupportedConfig
-from epcomm.events import EventHandle
 from epcomm.group import Group
 from epcomm.handle import DispatchHandle
 from epcomm.slab import HostSlabs
@@ -127,9 +126,8 @@ class HostEngine:
     def begin(self, order: StreamOrder) -> None:
         """See `Engine.begin`: calls are done when they return, so there is nothing to order."""
 
-    def end(self, order: StreamOrder, keep: Any) -> EventHandle:
+    def end(self, order: StreamOrder, keep: Any) -> None:
         """See `Engine.end`."""
-        return EventHandle.passed()
 
     def synchronize(self) -> None:
         """See `Engine.synchronize`."""
@@ -389,25 +387,25 @@ class HostEngine:
     ) -> None:
         """Sum the ranks' rows of each token in fp32, rank ascending from the biases; round once."""
         sources = [
-            sections.view(slab, name)
+            as_rows(sections.view(slab, name))
             for sections, slab in zip(staged, self._slabs.views, strict=True)
         ]
         num_tokens, width = out.shape
         chunk = max(1, _CHUNK_BYTES // (4 * width))
         sums = self._take_scratch("sums", (chunk, width), np.dtype(np.float32))
         rows = self._take_scratch("rows", (chunk, width), out.dtype)
+        whole_rows = as_rows(rows)
         for begin in range(0, num_tokens, chunk):
             end = min(begin + chunk, num_tokens)
             total, part = sums[: end - begin], rows[: end - begin]
-            total[...] = 0.0
             for i, bias in enumerate(biases):
-                # The first bias is the start itself: 0.0 + -0.0 would lose its sign.
-                np.copyto(total, bias[begin:end]) if i == 0 else np.add(
-                    total, bias[begin:end], out=total
-                )
-            for source, slot in zip(sources, slots, strict=True):
-                gather_rows(as_rows(source), slot[begin:end], as_rows(part))
-                np.add(total, part, out=total)
+                _add(total, bias[begin:end], is_first=i == 0)
+            for rank, (source, slot) in enumerate(zip(sources, slots, strict=True)):
+                gather_rows(source, slot[begin:end], whole_rows[: end - begin])
+                _add(total, part, is_first=rank == 0 and not biases)
+            if not biases:
+                # The sum starts from 0.0, which only shows where all that is added is -0.0.
+                np.add(total, np.float32(0.0), out=total)
             out[begin:end] = total
 
     def _take_scratch(
@@ -466,6 +464,14 @@ class HostEngine:
         self._slabs.close()
         self._low_latency.close()
         self._scratch.clear()
+
+
+def _add(total: npt.NDArray[np.float32], part: npt.NDArray[Any], is_first: bool) -> None:
+    """Add to a sum, or begin it."""
+    if is_first:
+        np.copyto(total, part)
+    else:
+        np.add(total, part, out=total)
 
 
 def _row_values(request: DispatchRequest) -> dict[str, int]:

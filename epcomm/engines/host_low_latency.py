@@ -348,7 +348,9 @@ class HostLowLatency:
             part = slice(begin, min(begin + _CHUNK_TOKENS, len(idx)))
             pick = _Pick(rank_of[part], row_of[part], weights[part], sources, shape.hidden)
             by_rank = request.precision is CombinePrecision.RANK
-            out[part] = pick.sum_by_rank() if by_rank else pick.sum_by_choice()
+            # Infinities and NaNs are the caller's own values, as on a GPU: no warnings.
+            with np.errstate(all="ignore"):
+                out[part] = pick.sum_by_rank() if by_rank else pick.sum_by_choice()
 
 
 class _Pick:

@@ -98,6 +98,8 @@ class Rounds:
             ready = Buffer.capture()
         options = self.options() | {"previous_event": ready}
         combined, weights, event = self.buffer.combine(rows, flight.handle, recv_weights, **options)
+        if self.consumer is not self.stream:
+            self.gpu.synchronize(self.consumer)  # allocators do not know of its use of the rows
         # Freed memory is written again at once, where it was given back too early.
         del rows, recv_x, recv_idx, recv_weights
         flight.recv = (None, None, None)

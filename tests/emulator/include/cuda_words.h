@@ -107,4 +107,3 @@ inline void __threadfence_system() { asm volatile("mfence" ::: "memory"); }
 
 // --- numbers -----------------------------------------------------------------------------------
 
-inline float __fadd_rn(float a, float b) { return a + b; }

@@ -38,6 +38,8 @@ inline u32 cvt_rn_f16x2_f32(float low, float high) {
   return cvt_rn_f16_f32(low) | cvt_rn_f16_f32(high) << 16;
 }
 
+inline float add_rn_f32(float a, float b) { return a + b; }
+
 inline float cvt_f32_f16(u16 half) {
   const u32 sign = (half & 0x8000u) << 16, size = half & 0x7fffu;
   if (size >= 0x7c00) return as_float(sign | 0x7f800000 | (size & 0x3ff) << 13);
