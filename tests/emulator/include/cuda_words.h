@@ -106,4 +106,3 @@ T atomicExch(T* address, T value) {
 inline void __threadfence_system() { asm volatile("mfence" ::: "memory"); }
 
 // --- numbers -----------------------------------------------------------------------------------
-
