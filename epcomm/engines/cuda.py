@@ -250,7 +250,7 @@ class CudaEngine:
         self._raise_failures()
 
     def _wait_all(self) -> None:
-        """Wait for all calls that ended: for events, because callers' streams may be gone by now."""
+        """Wait for all calls that ended: for events, as callers' streams may be gone by now."""
         self._comm_stream.synchronize()
         if self._last_event is not None:
             self._last_event.synchronize()
