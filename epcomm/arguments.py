@@ -82,7 +82,10 @@ def view_of(
         raise InvalidArgument(f"{name} has shape {list(view.shape)}; it must be [{rule}].")
     if view.dtype not in dtypes:
         names = ", ".join(dtype.name for dtype in dtypes)
-        raise InvalidArgument(f"{name} is {view.dtype.name}; it must be one of: {names}.")
+        raise InvalidArgument(
+            f"{name} is {view.dtype.name}; it must be one of: {names}. Convert it, in NumPy with "
+            f"{name}.astype(...)."
+        )
     if view.device != place.device:
         raise InvalidArgument(
             f"{name} is on {view.device}, but this Buffer works on {place.device}; move the "
@@ -219,8 +222,17 @@ def view_topk(topk_idx: Any, topk_weights: Any, num_tokens: int, place: Place) -
     if topk_idx is None:
         return None
     idx = view_of(topk_idx, "topk_idx", place, shape=(num_tokens, "num_topk"), dtypes=INDEX_DTYPES)
+    check_num_topk(idx, "topk_idx")
     weights = view_of(topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32)
     return TopK(idx, weights)
+
+
+def check_num_topk(view: ArrayView, name: str) -> None:
+    """Hold choices to at least one a token."""
+    if view.shape[1] == 0:
+        raise InvalidArgument(
+            f"{name} has no choices, shape {list(view.shape)}; pass at least one."
+        )
 
 
 def check_handle(handle: Any, buffer_id: int, data: ArrayView | None = None) -> DispatchHandle:
@@ -261,6 +273,7 @@ def view_combine(
         weights = view_of(
             topk_weights, "topk_weights", place, shape=(rows, "num_topk"), dtypes=FLOAT32
         )
+        check_num_topk(weights, "topk_weights")
     biases = bias if isinstance(bias, tuple | list) else () if bias is None else (bias,)
     if len(biases) > 2:
         raise InvalidArgument(f"bias is a tuple of {len(biases)}; pass none, one or two arrays.")

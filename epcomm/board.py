@@ -106,6 +106,12 @@ class Board:
         """
         if self._is_lost:
             self._raise_lost(call.name)
+        if on_missing is None and self.masked.any():
+            ranks = ", ".join(str(rank) for rank in np.flatnonzero(self.masked))
+            raise TransportError(
+                f"{call.name}: rank(s) {ranks} are masked, and only low-latency calls go on "
+                "without a rank. Unmask them if they are back, or make a Buffer of those left."
+            )
         self._round += 1
         slot = self._round % _NUM_SLOTS
         names = call.agreed + call.own
@@ -123,6 +129,8 @@ class Board:
 
     def _hold_to(self, call: Call, headers: Words) -> None:
         here = np.flatnonzero(~self.masked)
+        if not len(here):
+            return  # every rank is masked, this one included
         if (headers[here, 0] != self._round).any():
             self._raise_lost(call.name)
         for column, name in enumerate(("call", *call.agreed), start=1):

@@ -6,7 +6,7 @@
     ├── InvalidArgument (ValueError)     a call's arguments are wrong; no peer was touched
     ├── UnsupportedConfig                this machine or group cannot do what was asked
     ├── RankMismatch                     ranks passed different values where they must agree
-    ├── ClosedError                      the Buffer was destroyed, or failed, before this call
+    ├── ClosedError                      the Buffer was destroyed before this call
     ├── CompileError                     a kernel did not compile
     └── TransportError                   memory or messages between ranks failed
         ├── PeerMapError                 a peer's memory could not be reached
@@ -38,7 +38,7 @@ class RankMismatch(EpcommError):
 
 
 class ClosedError(EpcommError):
-    """The Buffer was destroyed, or failed, before this call."""
+    """The Buffer was destroyed before this call, or there is none yet."""
 
 
 class CompileError(EpcommError):

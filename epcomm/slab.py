@@ -61,7 +61,7 @@ class HostSlabs:
         self, group: Group, num_bytes: Sequence[int], shm_dir: str | None, timeout_s: float
     ) -> None:
         self.num_bytes = tuple(num_bytes)
-        memory = _OwnMemory(num_bytes[group.rank], shm_dir)
+        memory = _OwnMemory(num_bytes[group.rank], sum(num_bytes), shm_dir)
         try:
             offers: list[_Offer] = group.allgather(
                 memory.offer, timeout_s=timeout_s, phase="exchanging slabs"
@@ -83,7 +83,7 @@ class HostSlabs:
 class _OwnMemory:
     """This rank's slab, open to peers until `withdraw`."""
 
-    def __init__(self, num_bytes: int, shm_dir: str | None) -> None:
+    def __init__(self, num_bytes: int, num_bytes_of_all: int, shm_dir: str | None) -> None:
         self._fd = -1
         self._path = ""
         self._file = (0, 0)
@@ -91,19 +91,19 @@ class _OwnMemory:
         self.view: Bytes = np.empty(0, np.uint8)
         error = ""
         try:
-            self._reserve(num_bytes, shm_dir)
+            self._reserve(num_bytes, num_bytes_of_all, shm_dir)
         except (OSError, OverflowError, ValueError, TransportError) as problem:
             error = _no_memory(num_bytes, shm_dir, problem)
         self.offer = _Offer(num_bytes, os.getpid(), self._key, self._peer_path(), self._file, error)
         with _slabs_here_lock:
             _slabs_here[self._key] = self.view
 
-    def _reserve(self, num_bytes: int, shm_dir: str | None) -> None:
+    def _reserve(self, num_bytes: int, num_bytes_of_all: int, shm_dir: str | None) -> None:
         if num_bytes == 0:
             return
         name = f"epcomm-{self._key}"
         if shm_dir is None:
-            _check_free_memory(num_bytes)
+            _check_free_memory(num_bytes_of_all)
             self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
         else:
             path = os.path.join(shm_dir, name)
@@ -172,15 +172,38 @@ def _file_of(fd: int) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _check_free_memory(num_bytes: int) -> None:
-    """Refuse what the host cannot hold: reserving it would wake the kernel's OOM killer."""
+def _check_free_memory(num_bytes_of_all: int) -> None:
+    """Refuse what the host cannot hold: reserving it would wake the kernel's OOM killer.
+
+    All ranks look at about the same time, so each asks for the room of all slabs together.
+    """
+    found = [free for free in (_free_on_host(), _free_in_container()) if free is not None]
+    if found and num_bytes_of_all > min(found):
+        raise TransportError(
+            f"all ranks' slabs take {num_bytes_of_all / 2**20:.0f} MiB, and only "
+            f"{min(found) / 2**20:.0f} MiB of memory are free"
+        )
+
+
+def _free_on_host() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration, ValueError):
-        return
-    if num_bytes > free:
-        raise TransportError(f"only {free / 2**20:.0f} MiB of memory are free")
+        return None
+
+
+def _free_in_container() -> int | None:
+    """Return what the control group's limit leaves; None where there is no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # Cached files make room when it is needed.
+        return limit - used + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):  # not version 2, or no limit ("max")
+        return None
 
 
 def _no_memory(num_bytes: int, shm_dir: str | None, problem: Exception) -> str:

@@ -44,10 +44,14 @@ class Topology:
 
 
 def host_identity() -> str:
-    """Return what is the same for all ranks of this host, and for no rank of another."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    boot = boot_id.read_text().strip() if boot_id.exists() else ""
-    return f"{platform.node()} {boot}"
+    """Return what is the same for all ranks of this host, and for no rank of another.
+
+    Not the host's name where there is better: containers of one host have names of their own.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 def from_hosts(rank: int, hosts: Sequence[str], ranks_per_node: Sequence[int | None]) -> Topology:

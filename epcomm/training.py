@@ -7,19 +7,17 @@ functions use the Buffer that their handle comes from, in whatever thread they a
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 from epcomm.buffer import Buffer
 from epcomm.errors import ClosedError
 from epcomm.events import EventOverlap
-from epcomm.group import ThreadGroup, as_group
+from epcomm.group import as_group
 from epcomm.handle import DispatchHandle
+from epcomm.one_buffer import OneBuffer
 
-# One Buffer a process; but where threads are ranks (run_threads), one a thread.
-_of_thread = threading.local()
-_of_process: Buffer | None = None
+_one = OneBuffer("training")
 _by_id: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
 
 
@@ -43,29 +41,15 @@ def get_buffer(group: Any, hidden_bytes: int) -> Buffer:
         group: What `Buffer` takes as group.
         hidden_bytes: Bytes of a row, see `get_hidden_bytes`.
     """
-    global _of_process
     num_ranks = as_group(group).size
     configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
-    num_nvl_bytes = max(c.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for c in configs)
-    num_rdma_bytes = max(c.get_rdma_buffer_size_hint(hidden_bytes, num_ranks) for c in configs)
-    is_thread = isinstance(group, ThreadGroup)
-    buffer = getattr(_of_thread, "buffer", None) if is_thread else _of_process
-    if (
-        buffer is not None
-        and buffer.group is group
-        and not buffer.is_destroyed
-        and buffer.num_nvl_bytes >= num_nvl_bytes
-        and buffer.num_rdma_bytes >= num_rdma_bytes
-    ):
-        return buffer
-    if buffer is not None:
-        buffer.destroy()
-    buffer = Buffer(group, num_nvl_bytes, num_rdma_bytes)
+    buffer = _one.get(
+        group,
+        num_nvl_bytes=max(c.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for c in configs),
+        num_rdma_bytes=max(c.get_rdma_buffer_size_hint(hidden_bytes, num_ranks) for c in configs),
+        low_latency_mode=False,
+    )
     _by_id[buffer.id] = buffer
-    if is_thread:
-        _of_thread.buffer = buffer
-    else:
-        _of_process = buffer
     return buffer
 
 
@@ -89,9 +73,7 @@ def dispatch_forward(
         ``recv_x [M, hidden]``, ``recv_topk_idx [M, num_topk]``, ``recv_topk_weights [M,
         num_topk]``, tokens for each local expert, the handle, and the event.
     """
-    buffer: Buffer | None = getattr(_of_thread, "buffer", None) or _of_process
-    if buffer is None:
-        raise ClosedError("dispatch_forward: no Buffer yet; call training.get_buffer first.")
+    buffer = _one.current("dispatch_forward")
     per_rank, per_rdma_rank, per_expert, in_rank, laid_out = buffer.get_dispatch_layout(
         topk_idx,
         num_experts,

@@ -33,8 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, on rank 0 only; collective where mpiexec started ranks."""
-    group = launched_group()
-    ranks = list(_describe_ranks(group))
+    try:
+        group, ranks = launched_group(), []
+    except (ImportError, RuntimeError) as error:  # an MPI that does not load: told of below
+        group, ranks = None, [("ranks", f"unknown: MPI does not load ({error})")]
+    ranks = ranks or list(_describe_ranks(group))
     if group is not None and group.rank > 0:
         return 0
     sections: list[tuple[str, list[Line]]] = [

@@ -99,8 +99,8 @@ class HostEngine:
         if topology.num_nodes > 1:
             raise UnsupportedConfig(
                 f"the group spans {topology.num_nodes} nodes {topology.node_of_rank}, and the host "
-                "engine moves rows inside one. Use one Buffer a node, on the group that "
-                "topology.split_by_node gives, or unset EPCOMM_RANKS_PER_NODE."
+                "engine moves rows inside one. Use one Buffer a node, on comm.Split_type("
+                "MPI.COMM_TYPE_SHARED), or unset EPCOMM_RANKS_PER_NODE."
             )
         self._group = group
         self._topology = topology

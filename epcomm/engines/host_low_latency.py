@@ -20,7 +20,7 @@ from epcomm.engines.base import (
     LowLatencyShape,
 )
 from epcomm.engines.sections import Sections, as_rows, gather_rows
-from epcomm.errors import InvalidArgument
+from epcomm.errors import InvalidArgument, TransportError
 from epcomm.fp8 import cast_to_fp8, data_dtype, num_scales, scales_dtype
 from epcomm.group import Group
 from epcomm.slab import HostSlabs
@@ -138,6 +138,12 @@ class HostLowLatency:
         """Make room, where needed, and return the number of this call."""
         needed = region_bytes(shape)
         if needed > self.slab_bytes():
+            if self._board.masked.any():
+                raise TransportError(
+                    f"{name} needs {needed} bytes a rank, the Buffer has {self.slab_bytes()}, and "
+                    "it cannot grow while a rank is masked: growing takes all ranks. Pass "
+                    f"num_rdma_bytes={needed} when making the Buffer."
+                )
             # Every rank comes to the same decision: the shape was agreed on. Results that wait for
             # their hook keep the old slabs.
             self._slabs = HostSlabs(
@@ -185,6 +191,8 @@ class HostLowLatency:
             "fp8_format": fp8.value,
             "num_tokens": len(idx),
         }
+        # Before any peer is touched: without memory nothing has begun.
+        result, scales_view = _allocate_result(request)
         said, _ = self._board.agree(_DISPATCH, values, on_missing=self._on_missing())
         call = self._begin(name, shape)
         start = self._slot_start(call, shape)
@@ -201,39 +209,20 @@ class HostLowLatency:
             data, scales = mine.view(slab, "data"), mine.view(slab, "scales")
             cast_to_fp8(request.data.numpy(), fp8, data, scales)
         self._board.post(LOW_LATENCY_SENT, call)
-        return self._dispatch_result(request, call, staged)
-
-    def _dispatch_result(
-        self, request: LowLatencyDispatchRequest, call: int, staged: Sequence[Sections]
-    ) -> LowLatencyDispatchResult:
-        shape, fp8 = request.shape, request.fp8
-        num_local, num_rows = shape.num_local_experts, shape.num_recv_rows
-        int32, int64 = np.dtype(np.int32), np.dtype(np.int64)
-        scales = None
-        if fp8 is not Fp8Format.NONE:
-            # Stored with the row dimension innermost, as grouped matrix products want it.
-            stored = (num_local, num_scales(fp8, shape.hidden), num_rows)
-            scales = request.allocate(stored, scales_dtype(fp8))
-        result = {
-            "data": request.allocate((num_local, num_rows, shape.hidden), data_dtype(fp8)),
-            "recv_count": request.allocate((num_local,), int32),
-            "src_info": request.allocate((num_local, num_rows), int32),
-            "layout_range": request.allocate((num_local, shape.num_ranks), int64),
-        }
-        slabs = self._slabs.views
-        name = "low_latency_dispatch"
+        slabs, masked = self._slabs.views, self._board.masked.copy()
 
         def work() -> None:
-            self._gather(request, slabs, staged, result, scales)
+            self._gather(request, slabs, staged, masked, result, scales_view)
 
         receive = self._receiver(call, name, request.wait_stats, work)
-        return LowLatencyDispatchResult(scales=scales, receive=receive, **result)
+        return LowLatencyDispatchResult(scales=scales_view, receive=receive, **result)
 
     def _gather(
         self,
         request: LowLatencyDispatchRequest,
         slabs: Sequence[npt.NDArray[np.uint8]],
         staged: Sequence[Sections],
+        masked: npt.NDArray[np.bool_],
         result: dict[str, ArrayView],
         scales_view: ArrayView | None,
     ) -> None:
@@ -246,7 +235,8 @@ class HostLowLatency:
         ranges = result["layout_range"].numpy()
         for rank, (sections, slab) in enumerate(zip(staged, slabs, strict=True)):
             counts = np.zeros(shape.num_local_experts, np.int64)
-            if not self._board.masked[rank]:
+            # Masked when this was sent: no header came. Masked since: its rows did not come.
+            if not (masked[rank] or self._board.masked[rank]):
                 idx = sections.view(slab, "topk_idx")
                 rows = as_rows(sections.view(slab, "data"))
                 for expert, tokens in _tokens_by_expert(idx, first_expert, len(begin)):
@@ -397,6 +387,27 @@ class _Pick:
             if any(found):
                 total += share.astype(BFLOAT16).astype(np.float32)
         return total
+
+
+def _allocate_result(
+    request: LowLatencyDispatchRequest,
+) -> tuple[dict[str, ArrayView], ArrayView | None]:
+    """Make the outputs of a dispatch, and its scales where there are any."""
+    shape, fp8 = request.shape, request.fp8
+    num_local, num_rows = shape.num_local_experts, shape.num_recv_rows
+    int32, int64 = np.dtype(np.int32), np.dtype(np.int64)
+    scales = None
+    if fp8 is not Fp8Format.NONE:
+        # Stored with the row dimension innermost, as grouped matrix products want it.
+        stored = (num_local, num_scales(fp8, shape.hidden), num_rows)
+        scales = request.allocate(stored, scales_dtype(fp8))
+    result = {
+        "data": request.allocate((num_local, num_rows, shape.hidden), data_dtype(fp8)),
+        "recv_count": request.allocate((num_local,), int32),
+        "src_info": request.allocate((num_local, num_rows), int32),
+        "layout_range": request.allocate((num_local, shape.num_ranks), int64),
+    }
+    return result, scales
 
 
 def _tokens_by_expert(

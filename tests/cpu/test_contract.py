@@ -10,10 +10,10 @@ from launch import Result
 
 NUM_RANKS = {
     "contract_dispatch": (1, 2, 3, 4, 5, 8),
-    "contract_buffers": (1, 2, 3, 5, 8),
+    "contract_buffers": (1, 2, 3, 4, 5, 8),
     "contract_low_latency": (1, 2, 3, 4, 5, 8),
-    "contract_slots": (1, 2, 3, 5),
-    "contract_training": (1, 2, 3),
+    "contract_slots": (1, 2, 3, 4, 5, 8),
+    "contract_training": (1, 2, 3, 4, 5, 8),
 }
 LAUNCHES = [
     pytest.param(program, num_ranks, id=f"{program.removeprefix('contract_')}-{num_ranks}")

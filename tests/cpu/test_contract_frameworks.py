@@ -30,6 +30,13 @@ def test_with_ranks_as_threads(program: str, frame: str) -> None:
     contract.run_as_threads(program, 2, frame)
 
 
+@pytest.mark.parametrize("frame", ["torch", "jax"])
+@pytest.mark.parametrize("num_ranks", [1, 3, 5, 8])
+def test_dispatch_on_other_numbers_of_ranks(frame: str, num_ranks: int) -> None:
+    contract.need(frame)
+    contract.run_as_threads("contract_dispatch", num_ranks, frame)
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_torch_and_numpy_get_the_same_bits(program: str) -> None:
     contract.need("torch")

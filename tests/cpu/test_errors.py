@@ -765,12 +765,12 @@ SLAB_AND_MASK = [
     refused(
         "mask-rank",
         lambda r: r.shrinking.low_latency_update_mask_buffer(2, True),
-        *("rank is 2", "below 2"),
+        *("rank_to_mask is 2", "below 2"),
     ),
     refused(
         "mask-negative",
         lambda r: r.shrinking.low_latency_update_mask_buffer(-1, True),
-        *("rank is -1", "at least 0"),
+        *("rank_to_mask is -1", "at least 0"),
     ),
     refused(
         "query-none",
@@ -1037,7 +1037,7 @@ def test_group_over_several_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         env.settings.cache_clear()
     message = str(caught.value)
     assert "spans 2 nodes (0, 1)" in message
-    assert "topology.split_by_node" in message
+    assert "comm.Split_type" in message
     assert "EPCOMM_RANKS_PER_NODE" in message
 
 

@@ -779,6 +779,40 @@ def test_throughput_calls_do_not_mask() -> None:
     run_threads(fn, 2)
 
 
+def test_throughput_calls_refuse_a_masked_rank() -> None:
+    """Their results would miss its rows; low-latency calls go on, and so do all after unmasking."""
+
+    def fn(group: Any) -> None:
+        buffer = shrinking_buffer(group)
+        common.dispatch(buffer, seed=0)
+        if group.rank == 0:
+            buffer.low_latency_update_mask_buffer(1, True)
+            error = error_of(lambda: common.dispatch(buffer, seed=1), TransportError)
+            assert "rank(s) 1 are masked" in str(error)
+            buffer.low_latency_clean_mask_buffer()
+        common.dispatch(buffer, seed=2)
+
+    run_threads(fn, 2)
+
+
+def test_slots_do_not_grow_while_a_rank_is_masked() -> None:
+    def fn(group: Any) -> None:
+        buffer = Buffer(group, enable_shrink=True, timeout_s=SHORT_S)
+        if group.rank == 0:
+            buffer.low_latency_update_mask_buffer(1, True)
+            error = error_of(lambda: common.low_latency_dispatch(buffer, 0), TransportError)
+            assert "num_rdma_bytes=" in str(error)
+
+    run_threads(fn, 2)
+
+
+def test_all_ranks_masked() -> None:
+    """Nothing arrives, and nothing breaks."""
+    buffer = shrinking_buffer(SingleGroup())
+    buffer.low_latency_update_mask_buffer(0, True)
+    assert common.low_latency_dispatch(buffer, 0)[1].sum() == 0
+
+
 def test_without_shrink_nobody_is_masked() -> None:
     def fn(group: Any) -> None:
         buffer = Buffer(group, timeout_s=SHORT_S)

@@ -239,7 +239,7 @@ def test_more_than_the_machine_has() -> None:
     for option in ("num_nvl_bytes", "num_rdma_bytes"):
         messages = errors_of_all(2, **{option: 1 << 50})
         assert len(set(messages)) == 1
-        assert "rank 0: no room for a slab of 1073741824.0 MiB in memory: only" in messages[0]
+        assert "rank 0: no room for a slab of 1073741824.0 MiB in memory: all" in messages[0]
         assert "Pass fewer tokens a call or a smaller num_nvl_bytes" in messages[0]
     assert measure() == before
 

@@ -1,0 +1,70 @@
+"""One Buffer a rank, made again only when it has to be: what training.py and decoding.py share."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from epcomm.buffer import Buffer
+from epcomm.errors import ClosedError
+from epcomm.group import ThreadGroup
+
+
+class OneBuffer:
+    """Keeps the Buffer of each rank: one a process; but where threads are ranks, one a thread.
+
+    Args:
+        module: Whose ``get_buffer`` it serves, for the error.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._of_thread = threading.local()
+        self._of_process: Buffer | None = None
+
+    def get(
+        self, group: Any, num_nvl_bytes: int, num_rdma_bytes: int, low_latency_mode: bool
+    ) -> Buffer:
+        """Return the rank's Buffer; collective where one has to be made.
+
+        A new one is made when there is none, it was destroyed, the group changed, or it is too
+        small.
+
+        Args:
+            group: What `Buffer` takes as group.
+            num_nvl_bytes: Bytes that it must have, as in `Buffer`.
+            num_rdma_bytes: Bytes that it must have, as in `Buffer`.
+            low_latency_mode: As in `Buffer`.
+        """
+        is_thread = isinstance(group, ThreadGroup)
+        buffer = getattr(self._of_thread, "buffer", None) if is_thread else self._of_process
+        if (
+            buffer is not None
+            and buffer.group is group
+            and not buffer.is_destroyed
+            and buffer.num_nvl_bytes >= num_nvl_bytes
+            and buffer.num_rdma_bytes >= num_rdma_bytes
+        ):
+            return buffer
+        if buffer is not None:
+            buffer.destroy()
+        buffer = Buffer(group, num_nvl_bytes, num_rdma_bytes, low_latency_mode)
+        if is_thread:
+            self._of_thread.buffer = buffer
+        else:
+            self._of_process = buffer
+        return buffer
+
+    def current(self, name: str) -> Buffer:
+        """Return the Buffer that `get` made.
+
+        Args:
+            name: The call that needs it, for the error.
+
+        Raises:
+            ClosedError: There is none yet.
+        """
+        buffer: Buffer | None = getattr(self._of_thread, "buffer", None) or self._of_process
+        if buffer is None:
+            raise ClosedError(f"{name}: no Buffer yet; call {self._module}.get_buffer first.")
+        return buffer
