@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 #: Polls that only give up the processor, before the wait begins to sleep.
-_NUM_YIELDS = 20
-_FIRST_SLEEP_S = 50e-6
+_NUM_YIELDS = 200
+_FIRST_SLEEP_S = 100e-6
 _LAST_SLEEP_S = 2e-4
 
 
