@@ -76,5 +76,6 @@ def write_plot(path: Path, report: Report) -> None:
         load_axes.bar(places, 100 * load, width, label=f"layer {layer}")
     load_axes.axhline(100 / num_experts, color="gray", linewidth=0.8, linestyle="--")
     load_axes.set(title="Load of the experts", xlabel="expert", ylabel="% of a layer's choices")
+    load_axes.locator_params(axis="x", integer=True)
     load_axes.legend()
     figure.savefig(path)
