@@ -37,12 +37,6 @@ __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
   }
 }
 
-// Completes the barrier's current phase without a copy.
-__device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
 // Starts a copy into shared memory; it completes the barrier's current phase.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, u32 num_bytes,
                                           u64* barrier) {

@@ -48,7 +48,7 @@ from epcomm.jit.launch import launch
 from epcomm.routing import round_up
 from epcomm.topology import Topology
 
-#: Tokens a rank that lists have room for at least; a call with more makes no list of its own.
+#: Tokens a rank that lists have room for at least; a call with more than they have is refused.
 MIN_LIST_TOKENS = 8192
 #: Where more bytes are reserved, lists have room for as many tokens as rows of this size.
 LIST_ROW_BYTES = 1024

@@ -8,7 +8,6 @@ namespace epcomm::ptx {
 inline void mbarrier_init(u64* barrier) { emulator::barrier_init(barrier); }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_wait(u64* barrier, u32 parity) { emulator::barrier_wait(barrier, parity); }
-inline void mbarrier_arrive(u64* barrier) { emulator::barrier_arrive(barrier); }
 
 inline void bulk_load(void* shared, const void* global, u32 num_bytes, u64* barrier) {
   emulator::start_load(shared, global, num_bytes, barrier);
