@@ -4,11 +4,15 @@ On the host a slab is shared memory. By default it has no name (a memfd that pee
 the owner's ``/proc`` entry), so there is nothing to leave behind whatever kills a rank, and no
 limit of ``/dev/shm`` applies. Where ranks cannot see each other's ``/proc`` (separate PID
 namespaces), EPCOMM_SHM_DIR names a folder for files that are removed as soon as all have mapped
-them. Ranks that are threads of one process share plain memory instead.
+them. A rank that is killed in between leaves one, without the lock that its owner held: ranks that
+share a folder remove such files, those that survived when they fail and others when they begin.
+Ranks that are threads of one process share plain memory instead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 import secrets
@@ -24,6 +28,8 @@ from epcomm.errors import EpcommError, PeerMapError, TransportError
 from epcomm.group import Group
 
 Bytes = npt.NDArray[np.uint8]
+
+_PREFIX = "epcomm-"
 
 #: Slabs of this process by key, for peers that are threads of it.
 _slabs_here: dict[str, Bytes] = {}
@@ -101,14 +107,12 @@ class _OwnMemory:
     def _reserve(self, num_bytes: int, num_bytes_of_all: int, shm_dir: str | None) -> None:
         if num_bytes == 0:
             return
-        name = f"epcomm-{self._key}"
         if shm_dir is None:
             _check_free_memory(num_bytes_of_all)
-            self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            self._fd = os.memfd_create(f"{_PREFIX}{self._key}", os.MFD_CLOEXEC)
         else:
-            path = os.path.join(shm_dir, name)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._path = path
+            _remove_abandoned(shm_dir)
+            self._fd, self._path = _create_locked(shm_dir)
         self._file = _file_of(self._fd)
         # Pages are taken now: a full file system is an error here, not a SIGBUS later.
         os.posix_fallocate(self._fd, 0, num_bytes)
@@ -121,11 +125,37 @@ class _OwnMemory:
         """Close the ways in; what is mapped stays mapped."""
         with _slabs_here_lock:
             _slabs_here.pop(self._key, None)
-        if self._fd >= 0:
-            os.close(self._fd)
         if self._path:
             os.unlink(self._path)
+            # A peer that was killed meanwhile could not.
+            _remove_abandoned(os.path.dirname(self._path))
+        if self._fd >= 0:
+            os.close(self._fd)
         self._fd, self._path = -1, ""
+
+
+def _create_locked(folder: str) -> tuple[int, str]:
+    """Create a file that tells by its lock that its owner lives; return descriptor and path."""
+    while True:
+        path = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(16)}")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody removes it either
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd, path
+        os.close(fd)  # taken for abandoned before it was locked
+
+
+def _remove_abandoned(folder: str) -> None:
+    """Remove the slabs in a folder whose owners are gone."""
+    for path in Path(folder).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, another user's, or locked by its owner
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
 
 
 def _map(fd: int, num_bytes: int) -> Bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import launch
 import numpy as np
 import pytest
-from processes import start
+from processes import Processes, start
 from ranks import fail_common as common
 
 from epcomm import Buffer, PeerMapError, SingleGroup, TransportError, env, run_threads
@@ -186,6 +186,43 @@ def test_folder_between_processes(tmp_path: Path) -> None:
         for rank in (1, 0):
             ranks.kill(rank)
     assert os.listdir(folder) == []
+
+
+@pytest.fixture
+def sharing(tmp_path: Path) -> Iterator[tuple[Processes, Path]]:
+    """Two ranks with a file each in a folder, which they have not yet mapped."""
+    group, folder = tmp_path / "group", tmp_path / "slabs"
+    group.mkdir()
+    folder.mkdir()
+    environment = {"EPCOMM_SHM_DIR": str(folder)}
+    with start("fail_killed_sharing", 2, folder=group, env=environment) as ranks:
+        for rank in range(2):
+            ranks.wait_for(f"ready-{rank}")
+        assert len(os.listdir(folder)) == 2
+        yield ranks, folder
+
+
+def test_survivor_removes_the_file_of_a_killed_rank(sharing: tuple[Processes, Path]) -> None:
+    ranks, folder = sharing
+    ranks.kill(1)
+    ranks.tell("killed")
+    assert ranks.results()[0] == "CommTimeout\n"
+    assert os.listdir(folder) == []
+
+
+def test_files_of_killed_ranks_are_removed_by_the_next(
+    sharing: tuple[Processes, Path],
+) -> None:
+    """Those of ranks that live, and files of others, stay."""
+    ranks, folder = sharing
+    other = folder / "somebody's"
+    other.touch()
+    HostSlabs(SingleGroup(), [4096], str(folder), 5.0).close()
+    assert len(os.listdir(folder)) == 3
+    for rank in range(2):
+        ranks.kill(rank)
+    HostSlabs(SingleGroup(), [4096], str(folder), 5.0).close()
+    assert os.listdir(folder) == [other.name]
 
 
 def test_no_name_between_processes(tmp_path: Path) -> None:
