@@ -32,6 +32,7 @@ from epcomm.engines.base import (
     TopK,
 )
 from epcomm.engines.host_low_latency import HostLowLatency
+from epcomm.engines.scratch import Scratch
 from epcomm.engines.sections import Sections, as_rows, gather_rows
 from epcomm.errors import InvalidArgument, UnsupportedConfig
 from epcomm.group import Group
@@ -108,11 +109,11 @@ class HostEngine:
         self._timeout_s = timeout_s
         self._buffer_id = buffer_id
         self._num_dispatches = 0
-        self._scratch: dict[str, npt.NDArray[Any]] = {}
+        self._scratch = Scratch()
         self._board = Board(group, group.size, shm_dir, timeout_s)
         self._slabs = HostSlabs(group, [num_bytes] * group.size, shm_dir, timeout_s)
         self._low_latency = HostLowLatency(
-            group, self._board, num_low_latency_bytes, shm_dir, timeout_s, can_mask
+            group, self._board, num_low_latency_bytes, shm_dir, timeout_s, can_mask, self._scratch
         )
 
     def slab_bytes(self) -> int:
@@ -392,8 +393,8 @@ class HostEngine:
         ]
         num_tokens, width = out.shape
         chunk = max(1, _CHUNK_BYTES // (4 * width))
-        sums = self._take_scratch("sums", (chunk, width), np.dtype(np.float32))
-        rows = self._take_scratch("rows", (chunk, width), out.dtype)
+        sums = self._scratch.take("sums", (chunk, width), np.dtype(np.float32))
+        rows = self._scratch.take("rows", (chunk, width), out.dtype)
         whole_rows = as_rows(rows)
         for begin in range(0, num_tokens, chunk):
             end = min(begin + chunk, num_tokens)
@@ -407,15 +408,6 @@ class HostEngine:
                 # The sum starts from 0.0, which only shows where all that is added is -0.0.
                 np.add(total, np.float32(0.0), out=total)
             out[begin:end] = total
-
-    def _take_scratch(
-        self, name: str, shape: tuple[int, int], dtype: np.dtype[Any]
-    ) -> npt.NDArray[Any]:
-        """Return memory that is reused from call to call."""
-        num_bytes = shape[0] * shape[1] * dtype.itemsize
-        if name not in self._scratch or self._scratch[name].size < num_bytes:
-            self._scratch[name] = np.empty(num_bytes, np.uint8)
-        return self._scratch[name][:num_bytes].view(dtype).reshape(shape)
 
     # --- slabs ---------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from epcomm.engines.base import (
     LowLatencyDispatchResult,
     LowLatencyShape,
 )
+from epcomm.engines.scratch import Scratch
 from epcomm.engines.sections import Sections, as_rows, gather_rows
 from epcomm.errors import InvalidArgument, TransportError
 from epcomm.fp8 import cast_to_fp8, data_dtype, num_scales, scales_dtype
@@ -32,6 +33,7 @@ _COMBINE = define_call("low_latency_combine", (*_SHAPE, "combine_precision"))
 #: The rows that a rank stages for combine, ``[num_local, num_recv_rows, hidden]``, and its ranges.
 _Staged = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
 
+_FLOAT32 = np.dtype(np.float32)
 _NUM_SLOTS = 2
 _CHUNK_TOKENS = 64
 
@@ -76,6 +78,7 @@ class HostLowLatency:
         shm_dir: See `HostSlabs`.
         timeout_s: Deadline of every wait, in seconds.
         can_mask: Whether ranks that do not answer are masked in place of failing.
+        scratch: Memory for intermediate results.
     """
 
     def __init__(
@@ -86,12 +89,14 @@ class HostLowLatency:
         shm_dir: str | None,
         timeout_s: float,
         can_mask: bool,
+        scratch: Scratch,
     ) -> None:
         self._group = group
         self._board = board
         self._shm_dir = shm_dir
         self._timeout_s = timeout_s
         self._can_mask = can_mask
+        self._scratch = scratch
         self._num_calls = 0
         #: Numbers of the calls whose hook was not called yet.
         self._unreceived: set[int] = set()
@@ -207,7 +212,7 @@ class HostLowLatency:
             np.copyto(mine.view(slab, "data"), request.data.numpy())
         else:
             data, scales = mine.view(slab, "data"), mine.view(slab, "scales")
-            cast_to_fp8(request.data.numpy(), fp8, data, scales)
+            self._cast(request.data.numpy(), fp8, data, scales)
         self._board.post(LOW_LATENCY_SENT, call)
         slabs, masked = self._slabs.views, self._board.masked.copy()
 
@@ -216,6 +221,19 @@ class HostLowLatency:
 
         receive = self._receiver(call, name, request.wait_stats, work)
         return LowLatencyDispatchResult(scales=scales_view, receive=receive, **result)
+
+    def _cast(
+        self,
+        rows: npt.NDArray[Any],
+        fp8: Fp8Format,
+        out: npt.NDArray[Any],
+        out_scales: npt.NDArray[Any],
+    ) -> None:
+        for begin in range(0, len(rows), _CHUNK_TOKENS):
+            part = slice(begin, min(begin + _CHUNK_TOKENS, len(rows)))
+            values = self._scratch.take("cast", rows[part].shape, np.dtype(np.float32))
+            np.copyto(values, rows[part])
+            cast_to_fp8(values, fp8, out[part], out_scales[part])
 
     def _gather(
         self,
@@ -336,7 +354,9 @@ class HostLowLatency:
         row_of = _rows_at_experts(idx, shape, self._group.rank, sources, rank_of)
         for begin in range(0, len(idx), _CHUNK_TOKENS):
             part = slice(begin, min(begin + _CHUNK_TOKENS, len(idx)))
-            pick = _Pick(rank_of[part], row_of[part], weights[part], sources, shape.hidden)
+            pick = _Pick(
+                rank_of[part], row_of[part], weights[part], sources, shape.hidden, self._scratch
+            )
             by_rank = request.precision is CombinePrecision.RANK
             # Infinities and NaNs are the caller's own values, as on a GPU: no warnings.
             with np.errstate(all="ignore"):
@@ -353,26 +373,41 @@ class _Pick:
         weights: npt.NDArray[np.float32],
         sources: Sequence[_Staged],
         hidden: int,
+        scratch: Scratch,
     ) -> None:
         self._rank_of, self._row_of, self._weights = rank_of, row_of, weights
         self._sources = sources
         self._hidden = hidden
+        self._scratch = scratch
+
+    def _take(self, name: str, num_rows: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        return self._scratch.take(name, (num_rows, self._hidden), dtype)
+
+    def _zeros(self, name: str) -> npt.NDArray[np.float32]:
+        zeros = self._take(name, len(self._rank_of), _FLOAT32)
+        zeros[...] = 0.0
+        return zeros
 
     def _add(self, total: npt.NDArray[np.float32], rank: int, choice: int) -> bool:
         """Add the weighted rows of one choice that lie on one rank; tell whether there are any."""
         tokens = np.flatnonzero(self._rank_of[:, choice] == rank)
         if not len(tokens):
             return False
-        rows = self._sources[rank][0].reshape(-1, self._hidden)[self._row_of[tokens, choice]]
-        total[tokens] += rows.astype(np.float32) * self._weights[tokens, choice, None]
+        rows = self._take("rows", len(tokens), BFLOAT16)
+        weighted = self._take("weighted", len(tokens), _FLOAT32)
+        before = self._take("before", len(tokens), _FLOAT32)
+        source = self._sources[rank][0].reshape(-1, self._hidden)
+        gather_rows(as_rows(source), self._row_of[tokens, choice], as_rows(rows))
+        np.copyto(weighted, rows)
+        weighted *= self._weights[tokens, choice, None]
+        np.take(total, tokens, axis=0, out=before, mode="clip")
+        weighted += before
+        total[tokens] = weighted
         return True
-
-    def _zeros(self) -> npt.NDArray[np.float32]:
-        return np.zeros((len(self._rank_of), self._hidden), np.float32)
 
     def sum_by_choice(self) -> npt.NDArray[np.float32]:
         """Sum over the choices, ascending."""
-        total = self._zeros()
+        total = self._zeros("sums")
         for choice in range(self._rank_of.shape[1]):
             for rank in range(len(self._sources)):
                 self._add(total, rank, choice)
@@ -380,12 +415,15 @@ class _Pick:
 
     def sum_by_rank(self) -> npt.NDArray[np.float32]:
         """Sum each rank's choices, round that to bf16 as the wire does, and sum the ranks."""
-        total = self._zeros()
+        total = self._zeros("sums")
+        on_wire = self._take("wire", len(total), BFLOAT16)
         for rank in range(len(self._sources)):
-            share = self._zeros()
+            share = self._zeros("share")
             found = [self._add(share, rank, k) for k in range(self._rank_of.shape[1])]
             if any(found):
-                total += share.astype(BFLOAT16).astype(np.float32)
+                np.copyto(on_wire, share, casting="unsafe")
+                np.copyto(share, on_wire)
+                total += share
         return total
 
 
