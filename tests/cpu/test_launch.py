@@ -79,11 +79,15 @@ def test_a_launch_past_its_deadline_shows_its_stacks_and_is_gone(
     mpiexec: Mpiexec, tmp_path: Path
 ) -> None:
     env = {"PROBE": str(tmp_path)}
-    with pytest.raises(AssertionError) as caught:
-        mpiexec("launch_probe", 3, "hangs", timeout_s=3, env=env, check=False)
-    message = str(caught.value)
-    assert "past its deadline" in message
+    # On a busy machine the ranks need a while to get to where they hang.
+    for timeout_s in (3, 10, 40):
+        with pytest.raises(AssertionError) as caught:
+            mpiexec("launch_probe", 3, "hangs", timeout_s=timeout_s, env=env, check=False)
+        message = str(caught.value)
+        if "in wait_for_nobody" in message:
+            break
     assert "in wait_for_nobody" in message
+    assert "past its deadline" in message
     assert processes_with(str(tmp_path)) == []
     # The library's own shared memory, which it has no chance to remove.
     assert not any(path.exists() for path in map(Path, re.findall(r"/dev/shm/\S+", message)))
