@@ -21,9 +21,9 @@ from epcomm.engines.base import (
     StreamOrder,
 )
 from epcomm.engines.host_low_latency import region_bytes
-from epcomm.errors import InvalidArgument, UnsupportedConfig
+from epcomm.errors import InvalidArgument
 from epcomm.events import EventHandle, EventOverlap
-from epcomm.frameworks import Framework, framework_of
+from epcomm.frameworks import Framework, framework_of, writable_framework
 
 Hook = Callable[[], None]
 
@@ -105,7 +105,7 @@ class LowLatencyCalls:
         engine = self._open()
         place = self._place
         framework = framework_of(x, "x")
-        _check_hook(framework, async_finish, return_recv_hook)
+        _check_hook(async_finish, return_recv_hook)
         data = view_of(x, "x", place, shape=("num_tokens", "hidden"), dtypes=(BFLOAT16,))
         arguments.check_row(data, "x")
         num_tokens, hidden = data.shape
@@ -201,7 +201,7 @@ class LowLatencyCalls:
         engine = self._open()
         place = self._place
         framework = framework_of(x, "x")
-        _check_hook(framework, async_finish, return_recv_hook)
+        _check_hook(async_finish, return_recv_hook)
         layout_range, shape = self._open_handle(handle)
         sizes = (shape.num_local_experts, shape.num_recv_rows, shape.hidden)
         data = view_of(x, "x", place, shape=sizes, dtypes=(BFLOAT16,))
@@ -252,16 +252,12 @@ class LowLatencyCalls:
             handle: From low_latency_dispatch; its arrays decide the framework.
 
         Returns:
-            ``[L, num_ranks * max, hidden] bf16``, valid for one combine.
+            ``[L, num_ranks * max, hidden] bf16``, valid for one combine. For JAX, whose arrays
+            cannot be filled, a NumPy or CuPy array.
         """
         engine = self._open()
         _, shape = self._open_handle(handle)
-        framework = framework_of(handle[0], "handle[0]")
-        if not framework.is_mutable:
-            raise UnsupportedConfig(
-                f"{framework.name} arrays cannot be written in place, so they cannot be filled; "
-                "call low_latency_combine with zero_copy=False."
-            )
+        framework = writable_framework(framework_of(handle[0], "handle[0]"), self._place.device)
         return framework.finish(engine.next_combine_buffer(shape))
 
     def clean_low_latency_buffer(
@@ -316,14 +312,9 @@ class LowLatencyCalls:
         return view, shape
 
 
-def _check_hook(framework: Framework, async_finish: bool, return_recv_hook: bool) -> None:
+def _check_hook(async_finish: bool, return_recv_hook: bool) -> None:
     if async_finish and return_recv_hook:
         raise InvalidArgument("async_finish and return_recv_hook exclude each other; pass one.")
-    if return_recv_hook and not framework.is_mutable:
-        raise UnsupportedConfig(
-            f"{framework.name} arrays cannot be filled after they are returned; call without "
-            "return_recv_hook."
-        )
 
 
 def _precision(name: str) -> CombinePrecision:

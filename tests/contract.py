@@ -16,6 +16,13 @@ from epcomm import env, run_threads
 # Rank programs import each other as they do under mpiexec, where their folder leads the path.
 sys.path.append(str(ROOT / "tests" / "ranks"))
 
+PROGRAMS = (
+    "contract_dispatch",
+    "contract_buffers",
+    "contract_low_latency",
+    "contract_slots",
+    "contract_training",
+)
 #: Module of the framework that a frame needs.
 NEEDS = {"numpy": "numpy", "torch": "torch", "jax": "jax", "jax64": "jax"}
 

@@ -111,8 +111,17 @@ def framework_of(array: Any, name: str) -> Framework:
     )
 
 
-def numpy_framework() -> Framework:
-    """Return NumPy's adapter."""
+def writable_framework(framework: Framework, device: Device) -> Framework:
+    """Return the framework whose arrays stand in where callers write ones of a framework's.
+
+    It is the framework itself, and NumPy or CuPy for one whose arrays are immutable.
+    """
+    return framework if framework.is_mutable else _framework_on(device)
+
+
+def _framework_on(device: Device) -> Framework:
+    if device.kind == "cuda":
+        return _adapter("epcomm.frameworks.cupy", "CupyFramework")
     return _adapter("epcomm.frameworks.numpy", "NumpyFramework")
 
 
@@ -138,6 +147,4 @@ def framework_of_dtype(dtype: Any, device: Device) -> tuple[Framework, np.dtype[
     if found not in DTYPE_INDEX:
         names = ", ".join(known.name for known in DTYPE_INDEX)
         raise InvalidArgument(f"dtype is {dtype!r}; it must be one of: {names}.")
-    if device.kind == "cuda":
-        return _adapter("epcomm.frameworks.cupy", "CupyFramework"), found
-    return numpy_framework(), found
+    return _framework_on(device), found

@@ -75,7 +75,10 @@ class JaxFramework:
         if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             return array
         with jax.default_device(jax.devices("cpu")[0]):
-            # NOTE: jnp.asarray would copy; what device_put adopts nobody writes any more.
+            # NOTE: never a copy, since a receive hook may fill the memory later. device_put would
+            # copy transposed arrays, and NumPy's DLPack knows no bf16 and no fp8.
+            if not array.flags.c_contiguous:
+                return jax.dlpack.from_dlpack(array)
             return jax.device_put(array, may_alias=True)
 
     def _adopt(self, view: ArrayView) -> Any:
@@ -84,8 +87,6 @@ class JaxFramework:
         array = CupyFramework().finish(view)
         if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             return array
-        if view.strides != packed_strides(view.shape, view.dtype):
-            array = array.copy()
         adopted = jax.dlpack.from_dlpack(array)
         # CuPy has no fp8: such memory is uint8 until here.
         return adopted if adopted.dtype == view.dtype else adopted.view(view.dtype)

@@ -8,17 +8,10 @@ import contract
 import pytest
 from launch import Result
 
-NUM_RANKS = {
-    "contract_dispatch": (1, 2, 3, 4, 5, 8),
-    "contract_buffers": (1, 2, 3, 4, 5, 8),
-    "contract_low_latency": (1, 2, 3, 4, 5, 8),
-    "contract_slots": (1, 2, 3, 4, 5, 8),
-    "contract_training": (1, 2, 3, 4, 5, 8),
-}
 LAUNCHES = [
     pytest.param(program, num_ranks, id=f"{program.removeprefix('contract_')}-{num_ranks}")
-    for program, sizes in NUM_RANKS.items()
-    for num_ranks in sizes
+    for program in contract.PROGRAMS
+    for num_ranks in range(1, 9)
 ]
 
 

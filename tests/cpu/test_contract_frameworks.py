@@ -13,41 +13,36 @@ from launch import Result
 
 from epcomm import Buffer, Group, run_threads
 
-FRAMES = ("torch", "jax", "jax64")
-PROGRAMS = (
-    "contract_dispatch",
-    "contract_buffers",
-    "contract_low_latency",
-    "contract_slots",
-    "contract_training",
-)
 
-
-@pytest.mark.parametrize("frame", FRAMES)
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_with_ranks_as_threads(program: str, frame: str) -> None:
+@pytest.mark.parametrize("frame", ["torch", "jax", "jax64"])
+@pytest.mark.parametrize("program", contract.PROGRAMS)
+def test_with_two_ranks_as_threads(program: str, frame: str) -> None:
     contract.need(frame)
     contract.run_as_threads(program, 2, frame)
 
 
 @pytest.mark.parametrize("frame", ["torch", "jax"])
-@pytest.mark.parametrize("num_ranks", [1, 3, 5, 8])
-def test_dispatch_on_other_numbers_of_ranks(frame: str, num_ranks: int) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("program", contract.PROGRAMS)
+def test_with_other_numbers_of_ranks(program: str, num_ranks: int, frame: str) -> None:
     contract.need(frame)
-    contract.run_as_threads("contract_dispatch", num_ranks, frame)
+    contract.run_as_threads(program, num_ranks, frame)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", contract.PROGRAMS)
 def test_torch_and_numpy_get_the_same_bits(program: str) -> None:
     contract.need("torch")
     assert contract.run_as_threads(program, 2, "torch") == contract.run_as_threads(program, 2)
 
 
 @pytest.mark.parametrize("frame", ["torch", "jax"])
-def test_under_mpi_with_the_same_bits(mpiexec: Callable[..., Result], frame: str) -> None:
+@pytest.mark.parametrize("program", contract.PROGRAMS)
+def test_under_mpi_with_the_same_bits(
+    mpiexec: Callable[..., Result], program: str, frame: str
+) -> None:
     contract.need(frame)
-    digests = contract.run_under_mpi(mpiexec, "contract_dispatch", 2, frame)
-    assert digests == contract.run_as_threads("contract_dispatch", 2, frame)
+    digests = contract.run_under_mpi(mpiexec, program, 2, frame)
+    assert digests == contract.run_as_threads(program, 2, frame)
 
 
 def test_torch_inputs_that_require_grad() -> None:

@@ -122,6 +122,7 @@ class Checker:
         *,
         parts: Sequence[Any] = (...,),
         any_nan: bool = False,
+        frame: NumpyFrame | None = None,
     ) -> None:
         """Check an output array: framework, device, dtype, shape, and every bit.
 
@@ -131,10 +132,12 @@ class Checker:
             want: What it must be.
             parts: Indices of the parts to compare; the others are undefined.
             any_nan: Whether any NaN equals any other.
+            frame: Whose array it must be; None takes the frame of the inputs.
         """
-        if not self.frame.owns(got, want.dtype):
-            self.fail(what, f"is a {type(got)}, not an array of {self.frame.name} on its device")
-        values = self.frame.numpy(got)
+        frame = frame or self.frame
+        if not frame.owns(got, want.dtype):
+            self.fail(what, f"is a {type(got)}, not an array of {frame.name} on its device")
+        values = frame.numpy(got)
         if (values.dtype, values.shape) != (want.dtype, want.shape):
             have = f"{values.dtype}{list(values.shape)}"
             self.fail(what, f"is {have}, want {want.dtype}{list(want.shape)}")

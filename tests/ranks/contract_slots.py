@@ -66,11 +66,10 @@ def beside_throughput_calls(check: Checker) -> None:
     other = throughput.Case("beside-low-latency-calls", (30, 7), 256, 4, 3, "zipf")
     other = throughput.for_frame(other, check.frame)
     with check.buffer() as buffer:
-        hooks = {"return_recv_hook": True} if check.frame.is_mutable else {}
-        sent = send(check, buffer, case, 0, **hooks)
+        sent = send(check, buffer, case, 0, return_recv_hook=True)
         dispatched = throughput.check_dispatch(check, buffer, other, 0)
         receive(check, sent)
-        back = send_back(check, buffer, sent, **hooks)
+        back = send_back(check, buffer, sent, return_recv_hook=True)
         throughput.check_combine(check, buffer, other, 0, dispatched)
         finish(check, back)
         throughput.check_repeated(check, buffer, other, 0, dispatched)
@@ -323,16 +322,14 @@ ALWAYS = (
     small_and_large_shapes,
     size_hint_is_enough,
     beside_throughput_calls,
-)
-WITH_PEERS = (masked_rank_is_skipped, absent_rank_is_skipped)
-WHERE_MUTABLE = (
     outputs_are_the_caller_s,
-    inputs_may_change_after_sending,
     third_call_is_refused,
     hooks_in_any_order,
     slots_grow_beside_waiting_results,
     late_hook_beside_zero_copy,
 )
+WITH_PEERS = (masked_rank_is_skipped, absent_rank_is_skipped)
+WHERE_MUTABLE = (inputs_may_change_after_sending,)
 
 
 def run(group: Any, frame: NumpyFrame, engine: str) -> str:

@@ -47,7 +47,7 @@ class NumpyFrame:
     name = "numpy"
     #: Module and class of epcomm's adapter, whose outputs are poisoned.
     adapter = ("epcomm.frameworks.numpy", "NumpyFramework")
-    #: Whether arrays can be written after they were returned: hooks, out=, zero copy.
+    #: Whether arrays can be written after they were returned.
     is_mutable = True
     #: Whether arrays tell their strides.
     has_strides = True
@@ -61,6 +61,11 @@ class NumpyFrame:
         array = arrange(values, order)
         array.flags.writeable = False
         return array
+
+    @property
+    def writable(self) -> NumpyFrame:
+        """The frame of arrays that epcomm or the caller writes: another one where not mutable."""
+        return self
 
     def make_writable(self, values: Array) -> Any:
         """Return an array that epcomm is to write."""
@@ -157,8 +162,12 @@ class JaxFrame(NumpyFrame):
         device = self._jax.devices("cpu")[0]
         return self._jax.device_put(arrange(values, order), device)
 
+    @property
+    def writable(self) -> NumpyFrame:
+        return NumpyFrame()
+
     def make_writable(self, values: Array) -> Any:
-        return np.array(values, order="C")  # JAX arrays cannot be written; NumPy's are taken
+        return self.writable.make_writable(values)
 
     def owns(self, array: Any, dtype: np.dtype[Any]) -> bool:
         if self.dtype(dtype) != dtype:
@@ -313,6 +322,10 @@ class JaxCudaFrame(JaxFrame):
             if device.local_hardware_id == self._gpu.index
         )
         return self._jax.device_put(np.array(arrange(values, order), order="C"), device)
+
+    @property
+    def writable(self) -> NumpyFrame:
+        return CupyFrame()
 
     def owns(self, array: Any, dtype: np.dtype[Any]) -> bool:
         if self.dtype(dtype) != dtype:
