@@ -294,7 +294,8 @@ class TorchCudaFrame(TorchFrame):
         )
 
     def overwrite(self, array: Any) -> None:
-        array.view(self._torch.uint8).fill_(poison_byte(self.numpy(array[:0]).dtype))
+        if array.numel():  # empty ones have strides that view() refuses
+            array.view(self._torch.uint8).fill_(poison_byte(self.numpy(array[:0]).dtype))
 
     def synchronize(self) -> None:
         self._torch.cuda.synchronize()
