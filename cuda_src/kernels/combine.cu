@@ -327,41 +327,34 @@ __device__ __forceinline__ const u32* weights_from(const CombineParams& params,
          u64(index) * params.num_topk;
 }
 
-// Sums kSumUnroll vectors of a row, so that their loads are on their way together.
-template <u32 kNumVecs>
-__device__ __forceinline__ void sum_vecs(const CombineParams& params, const u8* const* rows,
-                                         u64 out_row, u32 first) {
-  Vec16 v[kNumVecs][kNumRanks];
+// Sums one vector of a token's row; at: the byte where it lies in a row.
+__device__ __forceinline__ void sum_vec(const CombineParams& params, const u8* const* rows,
+                                        u64 out_row, u64 at) {
+  Vec16 v[kNumRanks];
 #pragma unroll
-  for (u32 i = 0; i < kNumVecs; ++i) {
-    const u64 at = u64(first + i * kWarpSize) * sizeof(Vec16);
+  for (u32 rank = 0; rank < kNumRanks; ++rank) {
+    if (rows[rank] != nullptr) v[rank] = ptx::ld_no_allocate_vec16(rows[rank] + at);
+  }
+  float sums[kVecSize];
 #pragma unroll
-    for (u32 rank = 0; rank < kNumRanks; ++rank) {
-      if (rows[rank] != nullptr) v[i][rank] = ptx::ld_no_allocate_vec16(rows[rank] + at);
-    }
+  for (u32 j = 0; j < kVecSize; ++j) sums[j] = 0.0f;
+  if (params.bias[0] != nullptr) {
+    // The first bias is the start itself: 0.0 + -0.0 would lose its sign.
+    const Vec16 bias = ptx::ld_no_allocate_vec16(params.bias[0] + out_row + at);
+#pragma unroll
+    for (u32 j = 0; j < 4; ++j) widen(bias.word[j], sums + j * kPerWord);
+  }
+  if (params.bias[1] != nullptr) {
+    add(ptx::ld_no_allocate_vec16(params.bias[1] + out_row + at), sums);
   }
 #pragma unroll
-  for (u32 i = 0; i < kNumVecs; ++i) {
-    const u64 at = out_row + u64(first + i * kWarpSize) * sizeof(Vec16);
-    float sums[kVecSize];
-#pragma unroll
-    for (u32 j = 0; j < kVecSize; ++j) sums[j] = 0.0f;
-    if (params.bias[0] != nullptr) {
-      // The first bias is the start itself: 0.0 + -0.0 would lose its sign.
-      const Vec16 bias = ptx::ld_no_allocate_vec16(params.bias[0] + at);
-#pragma unroll
-      for (u32 j = 0; j < 4; ++j) widen(bias.word[j], sums + j * kPerWord);
-    }
-    if (params.bias[1] != nullptr) add(ptx::ld_no_allocate_vec16(params.bias[1] + at), sums);
-#pragma unroll
-    for (u32 rank = 0; rank < kNumRanks; ++rank) {
-      if (rows[rank] != nullptr) add(v[i][rank], sums);
-    }
-    Vec16 out;
-#pragma unroll
-    for (u32 j = 0; j < 4; ++j) out.word[j] = narrow(sums + j * kPerWord);
-    ptx::st_no_allocate_vec16(params.out_rows + at, out);
+  for (u32 rank = 0; rank < kNumRanks; ++rank) {
+    if (rows[rank] != nullptr) add(v[rank], sums);
   }
+  Vec16 out;
+#pragma unroll
+  for (u32 j = 0; j < 4; ++j) out.word[j] = narrow(sums + j * kPerWord);
+  ptx::st_no_allocate_vec16(params.out_rows + out_row + at, out);
 }
 
 // Sums the vectors [begin, end) of a token's row. position: from wait_rows; place: of the token
@@ -375,11 +368,9 @@ __device__ inline void sum_row(const CombineParams& params, const Streams& strea
     rows[rank] = at < 0 ? nullptr : row_from(params, streams, rank, at);
   }
   const u64 out_row = u64(token) * params.row_bytes;
-  u32 i = begin + lane_index();
-  for (; i + (kSumUnroll - 1) * kWarpSize < end; i += kSumUnroll * kWarpSize) {
-    sum_vecs<kSumUnroll>(params, rows, out_row, i);
+  for (u32 i = begin + lane_index(); i < end; i += kWarpSize) {
+    sum_vec(params, rows, out_row, u64(i) * sizeof(Vec16));
   }
-  for (; i < end; i += kWarpSize) sum_vecs<1>(params, rows, out_row, i);
 }
 
 __device__ inline void sum_weights(const CombineParams& params, const Streams& streams, u32 token,

@@ -16,8 +16,8 @@ _MAX_UNIT_ROWS = 64
 _BARRIER_BYTES = 8
 _NOTE_BYTES = 8
 # Sums wait for memory, so many warps help; each rank's row in flight takes registers.
-_COMBINE_THREADS = {1: 1024, 2: 1024, 3: 1024, 4: 768}
-_MANY_RANKS_THREADS = 512
+_COMBINE_THREADS = {1: 1024, 2: 1024, 3: 1024, 4: 1024, 5: 768}
+_MANY_RANKS_THREADS = 640
 
 
 def ring_bytes(num_warps: int, num_stages: int, piece_bytes: int) -> int:
@@ -61,7 +61,6 @@ def combine_shapes(num_ranks: int) -> tuple[CombineShape, ...]:
             num_stages=num_stages,
             sum_vecs=224,
             sum_tokens=4,
-            sum_unroll=1,
         )
-        for num_send_warps, num_stages in ((3, 2), (5, 2))
+        for num_send_warps, num_stages in ((3, 2), (4, 2))
     )

@@ -80,7 +80,6 @@ class CombineShape:
         num_stages: Pieces that a send warp keeps in flight, at least 2.
         sum_vecs: 16-byte vectors of a row that a warp sums before it turns to other tokens.
         sum_tokens: Neighbouring tokens that a warp sums together.
-        sum_unroll: Vectors whose loads a thread has on their way together.
     """
 
     num_threads: int
@@ -88,7 +87,6 @@ class CombineShape:
     num_stages: int
     sum_vecs: int
     sum_tokens: int
-    sum_unroll: int
 
 
 @cache
@@ -105,7 +103,6 @@ def combine_spec(num_ranks: int, has_bulk: bool, dtype: str, shape: CombineShape
         "kRingLag": RING_LAG,
         "kSumVecs": shape.sum_vecs,
         "kSumTokens": shape.sum_tokens,
-        "kSumUnroll": shape.sum_unroll,
     }
     return _spec("combine", num_ranks, own)
 

@@ -165,7 +165,7 @@ _WATCHED = Grid(
     num_threads=32,
     num_fetch_warps=1,
     combine=kernels.CombineShape(
-        num_threads=96, num_send_warps=1, num_stages=2, sum_vecs=3, sum_tokens=2, sum_unroll=1
+        num_threads=96, num_send_warps=1, num_stages=2, sum_vecs=3, sum_tokens=2
     ),
     unit_rows=2,
 )

@@ -243,8 +243,8 @@ FAULTS = (
     Fault(
         "combine: a bias is added twice",
         _COMBINE,
-        "if (params.bias[1] != nullptr) add(ptx::ld_no_allocate_vec16(params.bias[1] + at), sums);",
-        "if (params.bias[1] != nullptr) add(ptx::ld_no_allocate_vec16(params.bias[0] + at), sums);",
+        "add(ptx::ld_no_allocate_vec16(params.bias[1] + out_row + at), sums);",
+        "add(ptx::ld_no_allocate_vec16(params.bias[0] + out_row + at), sums);",
         "two ranks",
     ),
 )

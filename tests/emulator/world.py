@@ -92,7 +92,7 @@ class Memory:
 
 
 _COMBINE_SHAPE = kernels.CombineShape(
-    num_threads=128, num_send_warps=2, num_stages=3, sum_vecs=3, sum_tokens=2, sum_unroll=2
+    num_threads=128, num_send_warps=2, num_stages=3, sum_vecs=3, sum_tokens=2
 )
 
 
