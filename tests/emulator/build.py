@@ -79,8 +79,9 @@ class Toolchain:
         Raises:
             EmulatorError: This kernel, or one that runs beside it, did what no kernel may do.
         """
+        runtime = self._runtime  # before any kernel, whose functions are found in it
         kernel = self._kernel(spec)
-        message = self._runtime.emulator_launch(
+        message = runtime.emulator_launch(
             kernel.emulated_entry,
             kernel.emulated_shared_memory,
             params.ctypes.data_as(ctypes.c_void_p),
