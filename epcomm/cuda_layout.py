@@ -30,6 +30,9 @@ AGREED = (
 NUM_STAGE_WARPS = 16
 
 _ALIGNMENT = 256
+_WORD = 4
+#: A staged row begins where 16-byte accesses may.
+_ROW_ALIGNMENT = 16
 
 
 def _round_up(num_bytes: int, multiple: int = _ALIGNMENT) -> int:
@@ -129,14 +132,35 @@ class Areas:
         )
 
 
+def staged_row_bytes(row_bytes: int, num_scales: int, num_topk: int) -> int:
+    """Return the bytes of a row of dispatch and all that travels with it.
+
+    Args:
+        row_bytes: Bytes of the row alone.
+        num_scales: Scales of the row, a word each.
+        num_topk: Choices that travel with the row, an index and a weight each; 0 with a handle.
+    """
+    return _round_up(row_bytes + (num_scales + 2 * num_topk) * _WORD, _ROW_ALIGNMENT)
+
+
+def slot_row_bytes(row_bytes: int, num_topk: int) -> int:
+    """Return the bytes of a row of combine and its weights.
+
+    Args:
+        row_bytes: Bytes of the row alone.
+        num_topk: Weights that travel with the row, 0 for none.
+    """
+    return row_bytes + num_topk * _WORD
+
+
 def areas_for(num_ranks: int, num_tokens: int, staged_row_bytes: int, slot_row_bytes: int) -> Areas:
     """Return the areas that calls of so many tokens a rank need.
 
     Args:
         num_ranks: Ranks of the group, at most 8.
         num_tokens: Most tokens that a rank passes.
-        staged_row_bytes: Bytes of a row of dispatch and all that travels with it.
-        slot_row_bytes: Bytes of a row of combine and its weights.
+        staged_row_bytes: See the function of that name.
+        slot_row_bytes: See the function of that name.
     """
     if num_ranks > MAX_RANKS:
         raise UnsupportedConfig(

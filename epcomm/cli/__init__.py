@@ -1,4 +1,4 @@
-"""``python -m epcomm info | demo``: what was found on this machine, and the main job on it."""
+"""``python -m epcomm info | demo | plan``: this machine, the main job on it, and jobs to come."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from epcomm import __version__, env
-from epcomm.cli import demo, info
+from epcomm.cli import demo, info, plan
 from epcomm.cli.launch import run_on_ranks
 from epcomm.errors import InvalidArgument
 
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="run N ranks as threads of this process (default: the ranks mpiexec started, or 4)",
     )
+    add = commands.add_parser("plan", help="foretell what a job on many GPUs sends and waits for")
+    plan.add_arguments(add)
     args = parser.parse_args(argv)
     try:
         env.settings()
@@ -40,4 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if args.command == "info":
         return info.run(args)
+    if args.command == "plan":
+        return plan.run(args)
     return max(run_on_ranks(lambda group: demo.run(args, group), args.threads))

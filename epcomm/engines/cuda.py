@@ -516,7 +516,7 @@ class CudaEngine:
         record: _Routing = handle.routing
         num_topk = weights.shape[1] if weights is not None else 0
         row_bytes = data.shape[1] * data.dtype.itemsize
-        self._make_room(record, 0, row_bytes + num_topk * _WORD)
+        self._make_room(record, 0, cuda_layout.slot_row_bytes(row_bytes, num_topk))
         values = dict.fromkeys(AGREED, 0) | {
             "call": cuda_failures.CALL_INDEX["combine"],
             "handle": handle.serial,
@@ -653,8 +653,11 @@ def _first_areas(num_ranks: int, num_bytes: int) -> Areas:
 def _staged_row_bytes(request: DispatchRequest) -> int:
     """Return the bytes of a row and all that travels with it."""
     data, scales, topk = request.data, request.scales, request.topk
-    num_words = (scales.shape[1] if scales else 0) + (2 * topk.idx.shape[1] if topk else 0)
-    return round_up(data.shape[1] * data.dtype.itemsize + num_words * _WORD, 16)
+    return cuda_layout.staged_row_bytes(
+        data.shape[1] * data.dtype.itemsize,
+        scales.shape[1] if scales else 0,
+        topk.idx.shape[1] if topk else 0,
+    )
 
 
 _HEADER = struct.Struct(f"={cuda_layout.HEADER_WORDS}i")

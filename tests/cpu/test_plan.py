@@ -1,0 +1,464 @@
+"""``python -m epcomm plan``: counts against loops and formulas, times against measured runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launch import ROOT
+
+from epcomm import routing
+from epcomm.cli import cost, main, plan, traffic
+from epcomm.cli.cost import Rates, Spread
+from epcomm.cli.traffic import Job, Loads
+from epcomm.config import Config
+from epcomm.cuda_layout import areas_for
+
+pytestmark = pytest.mark.timeout(120)
+
+#: Cases between nodes join this file as soon as there are any; nothing below has to change.
+MEASURED = json.loads((ROOT / "docs" / "results" / "row_moves.json").read_text())["cases"]
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
+SIZES = "--nodes 2 --gpus-per-node 2 --tokens 64 --hidden 256 --topk 2 --experts 8"
+SMALL = Job(2, 2, num_tokens=64, hidden=256, num_topk=2, num_experts=8)
+LARGE = Job(256, 8, num_tokens=4096, hidden=7168, num_topk=8, num_experts=2048)
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    num_nodes, gpus_per_node = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    num_experts = num_nodes * gpus_per_node * draw(st.integers(1, 3))
+    return Job(
+        num_nodes,
+        gpus_per_node,
+        num_tokens=draw(st.integers(1, 9)),
+        hidden=8,
+        num_topk=draw(st.integers(1, num_experts)),
+        num_experts=num_experts,
+        routing=draw(st.sampled_from(traffic.ROUTINGS)),
+    )
+
+
+def loads_of(job: Job) -> tuple[Loads, Loads]:
+    found = traffic.simulate(job)
+    return traffic.load_by_rail(found), traffic.load_direct(found)
+
+
+class TestDraws:
+    @pytest.mark.parametrize(("num_experts", "num_topk"), [(1, 1), (64, 3), (64, 16), (64, 17)])
+    @pytest.mark.parametrize("name", traffic.ROUTINGS)
+    def test_a_token_s_experts_differ(self, num_experts: int, num_topk: int, name: str) -> None:
+        rng = np.random.default_rng(1)
+        odds = traffic._odds_of(Job(1, 1, 1, 8, num_topk, num_experts, routing=name), rng)
+        drawn = traffic.draw_experts(rng, odds, 500, num_topk)
+        assert drawn.shape == (500, num_topk)
+        assert drawn.min() >= 0
+        assert drawn.max() < num_experts
+        assert (np.diff(drawn, axis=1) > 0).all()
+
+    @pytest.mark.parametrize("num_experts", [7, 9])  # from keys of all; drawn again
+    def test_odds_are_those_of_not_putting_back(self, num_experts: int) -> None:
+        odds = np.arange(1.0, num_experts + 1)
+        odds /= odds.sum()
+        drawn = traffic.draw_experts(np.random.default_rng(2), odds, 200_000, 2)
+        second = [
+            sum(odds[e] * odds[f] / (1 - odds[f]) for f in range(num_experts) if f != e)
+            for e in range(num_experts)
+        ]
+        share = np.bincount(drawn.ravel(), minlength=num_experts) / len(drawn)
+        np.testing.assert_allclose(share, odds + second, atol=0.006)
+
+    def test_draws_are_the_same_every_time(self) -> None:
+        first, second = traffic.simulate(SMALL), traffic.simulate(SMALL)
+        np.testing.assert_array_equal(first.rank_rows, second.rank_rows)
+
+
+class DrawnTokens:
+    """What `traffic.simulate` drew, kept while it goes through its blocks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
+        drawn: list[np.ndarray] = []
+        draw = traffic.draw_experts
+
+        def keep(*args: Any) -> np.ndarray:
+            drawn.append(draw(*args))
+            return drawn[-1]
+
+        monkeypatch.setattr(traffic, "draw_experts", keep)
+        self.traffic = traffic.simulate(job)
+        monkeypatch.setattr(traffic, "draw_experts", draw)
+        #: ``[source, token, choice]``
+        self.topk_idx = np.concatenate(drawn).reshape(job.num_ranks, -1, job.num_topk)
+
+
+@given(job=jobs(), block=st.integers(1, 60))
+def test_counts_against_loops(job: Job, block: int) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(traffic, "_BLOCK_CHOICES", block)
+        drawn = DrawnTokens(monkeypatch, job)
+    size, local = job.gpus_per_node, job.num_experts // job.num_ranks
+    rails, direct = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    for source, tokens in enumerate(drawn.topk_idx.tolist()):
+        for experts in tokens:
+            for receiver in {expert // local for expert in experts} - {source}:
+                link = "nvlink" if source // size == receiver // size else "network"
+                direct[link + "_sent", source] += 1
+                direct[link + "_received", receiver] += 1
+                rail = receiver // size * size + source % size
+                if rail != receiver:
+                    rails["nvlink_sent", rail] += 1
+                    rails["nvlink_received", receiver] += 1
+            for node in {expert // local // size for expert in experts} - {source // size}:
+                rails["network_sent", source] += 1
+                rails["network_received", node * size + source % size] += 1
+    loads = traffic.load_by_rail(drawn.traffic), traffic.load_direct(drawn.traffic)
+    for found, counted in zip(loads, (rails, direct), strict=True):
+        for name in ("nvlink_sent", "nvlink_received", "network_sent", "network_received"):
+            assert getattr(found, name).tolist() == [counted[name, r] for r in range(job.num_ranks)]
+        assert found.message_rows.sum() == found.network_sent.sum()
+
+
+def test_counts_against_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(3, 2, num_tokens=50, hidden=8, num_topk=3, num_experts=24, routing="zipf")
+    drawn = DrawnTokens(monkeypatch, job)
+    nodes = np.repeat(np.arange(3), 2).tolist()
+    for source, topk_idx in enumerate(drawn.topk_idx):
+        layout = routing.make_layout(topk_idx, job.num_experts, nodes)
+        rows = drawn.traffic.rank_rows.reshape(6, 6)[source]
+        np.testing.assert_array_equal(rows, layout.num_tokens_per_rank)
+        tokens = drawn.traffic.node_rows.reshape(6, 3)[source]
+        np.testing.assert_array_equal(tokens, layout.num_tokens_per_node)
+
+
+@given(jobs())
+def test_rails_never_send_more_over_the_network(job: Job) -> None:
+    rails, direct = loads_of(job)
+    assert (rails.network_sent <= direct.network_sent).all()
+    assert rails.network_received.sum() == rails.network_sent.sum()
+    assert direct.network_received.sum() == direct.network_sent.sum()
+    if job.num_nodes == 1:
+        assert not rails.network_sent.any()
+        assert not direct.network_sent.any()
+        assert rails.message_rows.size == direct.message_rows.size == 0
+        np.testing.assert_array_equal(rails.nvlink_sent, direct.nvlink_sent)
+    if job.gpus_per_node == 1:
+        np.testing.assert_array_equal(rails.network_received, direct.network_received)
+        assert not rails.nvlink_sent.any()
+
+
+@given(jobs())
+def test_combine_takes_the_rows_back(job: Job) -> None:
+    for loads in loads_of(job):
+        back = loads.backwards()
+        assert back.nvlink_sent is loads.nvlink_received
+        assert back.network_sent is loads.network_received
+        for name, array in vars(back.backwards()).items():
+            np.testing.assert_array_equal(array, getattr(loads, name))
+
+
+def test_combine_sends_what_dispatch_received() -> None:
+    job = Job(2, 4, num_tokens=300, hidden=1024, num_topk=3, num_experts=16, dtype="fp8")
+    for costs in cost.make_plan(replace(job, routing="zipf"), Rates()).costs.values():
+        for link in ("nvlink", "network"):
+            received = getattr(costs["dispatch"], f"{link}_received_bytes")
+            sent = getattr(costs["combine"], f"{link}_sent_bytes")
+            # 2 bytes an element, where fp8 has 1 and 4 for a block of 128.
+            for name, number in asdict(received).items():
+                assert getattr(sent, name) == pytest.approx(number * 2048 / (1024 + 4 * 8))
+
+
+def odds_to_hit(job: Job, num_experts: int) -> float:
+    """Probability that a token goes to any of so many experts, with uniform routing."""
+    missed = comb(job.num_experts - num_experts, job.num_topk)
+    return 1 - missed / comb(job.num_experts, job.num_topk)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Job(1, 4, 4096, 7168, 8, 256),
+        Job(8, 8, 1000, 4096, 8, 256),
+        Job(5, 3, 2000, 2880, 4, 60),
+        Job(4, 2, 3000, 64, 8, 16),
+        LARGE,
+    ],
+    ids=str,
+)
+def test_uniform_means_are_those_of_the_formulas(job: Job) -> None:
+    num_nodes, size, num_tokens = job.num_nodes, job.gpus_per_node, job.num_tokens
+    local = job.num_experts // job.num_ranks
+    hit_rank, hit_node = odds_to_hit(job, local), odds_to_hit(job, size * local)
+    rails, direct = loads_of(job)
+    for loads, nvlink, network in (
+        (rails, num_nodes * (size - 1) * hit_rank, (num_nodes - 1) * hit_node),
+        (direct, (size - 1) * hit_rank, (num_nodes - 1) * size * hit_rank),
+    ):
+        for rows, expected in (
+            (loads.nvlink_sent, nvlink),
+            (loads.nvlink_received, nvlink),
+            (loads.network_sent, network),
+            (loads.network_received, network),
+        ):
+            np.testing.assert_allclose(rows.mean(), num_tokens * expected, rtol=0.01)
+
+
+def test_zipf_is_uneven() -> None:
+    job = Job(4, 4, num_tokens=1024, hidden=64, num_topk=4, num_experts=64)
+    uniform = traffic.load_direct(traffic.simulate(job))
+    zipf = traffic.load_direct(traffic.simulate(replace(job, routing="zipf")))
+    even, uneven = Spread.of(uniform.network_received), Spread.of(zipf.network_received)
+    assert even.max < 1.1 * even.mean
+    assert uneven.max > 2 * uneven.mean
+    assert uneven.min < 0.8 * uneven.mean
+
+
+class TestSampling:
+    @pytest.mark.parametrize("num_nodes", [1, 16, 64, 256])
+    def test_choices_are_bounded(self, num_nodes: int) -> None:
+        job = replace(LARGE, num_nodes=num_nodes)
+        assert job.num_ranks * job.sampled_tokens * job.num_topk <= traffic.MAX_CHOICES
+        assert (job.sampled_tokens < job.num_tokens) == (num_nodes == 256)
+
+    def test_a_token_is_drawn_at_least(self) -> None:
+        assert replace(LARGE, num_topk=traffic.MAX_CHOICES).sampled_tokens == 1
+
+    def test_counts_are_scaled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        job = Job(2, 2, num_tokens=1000, hidden=8, num_topk=2, num_experts=8)
+        whole = traffic.simulate(job)
+        monkeypatch.setattr(traffic, "MAX_CHOICES", 4 * 2 * 100)
+        assert job.sampled_tokens == 100
+        sampled = traffic.simulate(job)
+        for name in ("rank_rows", "node_rows"):
+            found = getattr(sampled, name)
+            np.testing.assert_allclose(found, getattr(whole, name), rtol=0.5)
+            np.testing.assert_allclose(found % 10, 0)
+
+    @pytest.mark.parametrize("name", traffic.ROUTINGS)
+    def test_the_largest_job_ends(self, name: str) -> None:
+        words = "--nodes 256 --gpus-per-node 8 --tokens 4096 --hidden 7168 --topk 8 --experts 2048"
+        done = run_plan(*words.split(), "--routing", name)
+        assert done.returncode == 0, done.stderr
+        assert "1,024 of them simulated, counts × 4" in done.stdout
+
+
+def loads_for(**rows: float) -> Loads:
+    """Loads of four ranks, rank 2 having the rows and the others none."""
+    names = ("nvlink_sent", "nvlink_received", "network_sent", "network_received")
+    arrays = {name: np.array([0.0, 0.0, rows.get(name, 0.0), 0.0]) for name in names}
+    return Loads(**arrays, message_rows=np.zeros(4))
+
+
+class TestTimes:
+    rates = Rates(nvlink_gb_s=100.0, network_gb_s=10.0, latency_us=7.0)
+    #: A row of 1,000 bytes takes 0.01 us over NVLink and 0.1 us over the network.
+    loads = loads_for(nvlink_sent=300, nvlink_received=500, network_sent=200, network_received=40)
+
+    @pytest.mark.parametrize(("num_tokens", "num_chunks"), [(512, 1), (513, 2), (4096, 8)])
+    def test_rails_overlap_but_for_a_chunk(self, num_tokens: int, num_chunks: int) -> None:
+        job = replace(SMALL, num_tokens=num_tokens)
+        found = cost.cost_by_rail(job, self.loads, 1000, self.rates)
+        assert found.us == pytest.approx(20 + 5 / num_chunks + 2 * 7)
+        assert found.num_messages == num_chunks
+
+    def test_direct_overlaps_wholly(self) -> None:
+        found = cost.cost_direct(SMALL, self.loads, 1000, self.rates)
+        assert found.us == pytest.approx(20 + 7)
+        assert found.num_messages == 2
+
+    @pytest.mark.parametrize(("num_nodes", "gpus_per_node"), [(1, 4), (4, 1), (1, 1)])
+    def test_one_kind_of_link_is_one_step(self, num_nodes: int, gpus_per_node: int) -> None:
+        job = replace(SMALL, num_nodes=num_nodes, gpus_per_node=gpus_per_node)
+        loads = loads_for(nvlink_received=100)
+        found = cost.cost_by_rail(job, loads, 1000, self.rates)
+        assert found.us == pytest.approx(1 + 7)
+        assert found == replace(
+            cost.cost_direct(job, loads, 1000, self.rates), num_messages=found.num_messages
+        )
+
+    def test_the_slowest_rank_counts(self) -> None:
+        loads = Loads(
+            nvlink_sent=np.array([100.0, 0.0]),
+            nvlink_received=np.array([0.0, 0.0]),
+            network_sent=np.array([0.0, 5.0]),
+            network_received=np.array([0.0, 5.0]),
+            message_rows=np.array([5.0]),
+        )
+        # 1 us and 0.5 us: different ranks' times do not add up.
+        assert cost.cost_by_rail(SMALL, loads, 1000, self.rates).us == pytest.approx(1 + 14)
+
+    def test_bytes_are_rows_times_their_size(self) -> None:
+        found = cost.cost_direct(SMALL, self.loads, 1000, self.rates)
+        assert found.nvlink_received_bytes == Spread(0, 125_000, 500_000)
+        assert found.network_sent_bytes == Spread(0, 50_000, 200_000)
+        assert Spread.of(np.empty(0)) == Spread(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "expected"),
+    [("bf16", 7168, 14336), ("fp8", 7168, 7168 + 4 * 56), ("fp8", 2880, 2880 + 4 * 23)],
+)
+def test_row_bytes(dtype: str, hidden: int, expected: int) -> None:
+    assert cost.row_bytes(dtype, hidden) == expected
+
+
+class TestMemory:
+    def test_one_node(self) -> None:
+        job = Job(1, 4, 4096, 7168, 8, 256, dtype="fp8")
+        memory = cost.make_plan(job, Rates()).memory
+        # 56 scales, 8 choices and 8 weights travel with a row; 8 weights with one of combine.
+        areas = areas_for(4, 4096, 7168 + 4 * (56 + 8 + 8), 14336 + 4 * 8)
+        assert memory.slab_bytes == areas.num_bytes
+        assert memory.hint_bytes == Config().get_nvl_buffer_size_hint(14336, 4, num_max_tokens=4096)
+        assert memory.hint_bytes >= memory.slab_bytes
+        assert memory.staging_bytes == 0
+
+    def test_staging_is_two_chunks_each_way(self) -> None:
+        loads = loads_for(network_sent=1001, network_received=3001)
+        memory = cost.memory_by_rail(replace(SMALL, num_tokens=1024), loads)
+        assert memory.staging_bytes == 2 * 2001 * 512
+
+    def test_a_slab_has_room_for_a_chunk_of_other_nodes(self) -> None:
+        job = replace(SMALL, num_tokens=1024)
+        found = cost.memory_by_rail(job, loads_for(network_received=9000))
+        same = cost.memory_by_rail(replace(job, num_tokens=4500), loads_for())
+        assert found.slab_bytes == same.slab_bytes
+
+
+class TestMeasured:
+    @pytest.mark.parametrize("case", MEASURED, ids=lambda case: case["name"])
+    def test_bytes_and_times(self, case: dict[str, Any]) -> None:
+        options = plan.Options(**case["job"])
+        found = cost.make_plan(options.job, options.rates).costs["rails"][case["operation"]]
+        for key, spread in (
+            ("nvlink_mb", found.nvlink_received_bytes),
+            ("network_mb", found.network_received_bytes),
+        ):
+            assert spread.mean / 1e6 == pytest.approx(case.get(key, 0), rel=0.02)
+        for us in case["us"]:
+            assert found.us == pytest.approx(us, rel=0.25)
+
+    @pytest.mark.parametrize("case", MEASURED, ids=lambda case: case["name"])
+    def test_measured_bytes_are_those_of_the_formula(self, case: dict[str, Any]) -> None:
+        job = plan.Options(**case["job"]).job
+        if job.num_nodes > 1 or job.routing != "uniform":
+            pytest.skip("the formula is of one node and uniform routing")
+        hit_rank = odds_to_hit(job, job.num_experts // job.num_ranks)
+        rows = job.num_tokens * (job.num_ranks - 1) * hit_rank
+        remote_mb = rows * cost.row_bytes(job.dtype, job.hidden) / 1e6
+        assert case["nvlink_mb"] == pytest.approx(remote_mb, rel=0.02)
+
+
+def run_plan(*words: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("EPCOMM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "epcomm", "plan", *words],
+        env=clean | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+class TestCommand:
+    def test_report_and_json(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "plan.json"
+        assert (
+            main(["plan", *SIZES.split(), "--dtype", "fp8", "--network", "25", "--json", str(file)])
+            == 0
+        )
+        shown, facts = capsys.readouterr().out, json.loads(file.read_text())
+        job, rates = Job(**facts["job"]), Rates(**facts["rates"])
+        assert job == replace(SMALL, dtype="fp8")
+        assert rates == Rates(network_gb_s=25.0)
+        again = asdict(cost.make_plan(job, rates))
+        assert {key: facts[key] for key in again} == again
+        assert facts["assumptions"] == {"chunk_tokens": 512, "num_staging_halves": 2}
+        for way in ("rails", "direct"):
+            for operation in ("dispatch", "combine"):
+                found = facts["costs"][way][operation]
+                assert f"{found['us']:,.0f}" in shown
+                for key, spread in found.items():
+                    if key.endswith("_bytes"):
+                        unit = 1e3 if key == "message_bytes" else 1e6
+                        numbers = (spread[name] / unit for name in ("min", "mean", "max"))
+                        assert " / ".join(f"{number:,.1f}" for number in numbers) in shown
+        assert "all simulated" in shown
+
+    def test_nothing_of_a_network_in_one_node(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", *SIZES.split(), "--nodes", "1"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        about = [line for line in lines if "network" in line]
+        assert len(about) == 1
+        assert about[0].startswith("  links ")
+        assert not any("rails" in line or line.isspace() for line in lines)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("--experts 6", "--experts is 6 on 4 ranks; every rank must hold the same number of "),
+            ("--experts 6", "Try --experts 8."),
+            ("--experts 8196", "at most 2048 a rank. Pass at most 8192."),
+            ("--topk 9", "--topk is 9 and --experts 8; a token cannot go to more experts than "),
+            ("--tokens 0", "--tokens is 0; it must be 1 or more."),
+            ("--gpus-per-node -1", "--gpus-per-node is -1; it must be 1 or more."),
+            ("--gpus-per-node 9", "--gpus-per-node is 9; the cuda engine takes at most 8 ranks "),
+            ("--nodes 1025", "together 2050 ranks; plan simulates at most 2048."),
+            ("--hidden 100", "Try --hidden 104."),
+            ("--hidden 104 --dtype fp8", "--hidden is 104; it must be a multiple of 16, because "),
+            ("--nvlink 0", "--nvlink is 0; it must be a number of GB/s above 0."),
+            ("--network inf", "--network is inf; it must be a number of GB/s above 0."),
+            ("--latency nan", "--latency is nan; it must be a number of microseconds, 0 or more."),
+            ("--json /nowhere/plan.json", "--json /nowhere/plan.json: No such file or directory."),
+        ],
+    )
+    def test_refuses(self, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", *SIZES.split(), *words.split()]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("epcomm plan: ")
+        assert message in shown.err
+
+    @pytest.mark.parametrize("words", [["--routing", "even"], ["--tokens", "many"], ["--dtype=f8"]])
+    def test_refuses_words(self, words: list[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", *SIZES.split(), *words])
+        assert ended.value.code == 2
+
+    def test_sizes_must_be_given(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["plan"])
+        assert ended.value.code == 2
+        assert "--nodes" in capsys.readouterr().err
+
+
+def test_the_command_of_the_document_runs() -> None:
+    (line,) = re.findall(r"^python -m epcomm (plan .*)$", SCALING, re.MULTILINE)
+    assert main(line.split()) == 0
+
+
+@pytest.mark.parametrize("name", ["CHUNK_TOKENS", "NUM_STAGING_HALVES"])
+def test_the_assumptions_of_the_document_are_the_code_s(name: str) -> None:
+    assert f"| `{name}` | {getattr(cost, name)} |" in SCALING
+
+
+def test_the_table_of_the_document_is_the_tool_s() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/render_scaling", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
