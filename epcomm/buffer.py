@@ -110,7 +110,7 @@ class Buffer(LowLatencyCalls):
             raise InvalidArgument(
                 f"timeout_s is {timeout_s!r}; it must be a number of seconds > 0."
             )
-        wanted_engine = _choose_engine(engine or settings.engine)
+        wanted_engine = choose_engine(engine or settings.engine)
         ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
         self.group_size = ranks.size
@@ -525,7 +525,13 @@ class Buffer(LowLatencyCalls):
         return lambda shape, dtype: framework.empty(shape, dtype, device, stream)
 
 
-def _choose_engine(wanted: str) -> str:
+def choose_engine(wanted: str) -> str:
+    """Return the engine, ``"host"`` or ``"cuda"``, that a name of ``env.ENGINES`` stands for here.
+
+    Raises:
+        InvalidArgument: It is no such name.
+        UnsupportedConfig: It is ``"cuda"``, and there is no GPU.
+    """
     if wanted not in env.ENGINES:
         raise InvalidArgument(f"engine is {wanted!r}; it must be one of {', '.join(env.ENGINES)}.")
     if wanted == "auto":

@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from epcomm import env
+from epcomm.buffer import choose_engine
 from epcomm.cli import plot
 from epcomm.cli.blas import share_processors
+from epcomm.cli.device import array_namespace
 from epcomm.cli.exchange import Array, EpExchange, to_host
 from epcomm.cli.moe_model import Adam, ModelShape, MoeModel, Params, init_params, softmax
 from epcomm.cli.reference import NUM_CHECKED_STEPS, Reference
@@ -32,7 +35,7 @@ from epcomm.cli.report import (
     describe_traffic,
 )
 from epcomm.cli.text import Shard, get_min_bytes, read_text
-from epcomm.errors import InvalidArgument
+from epcomm.errors import InvalidArgument, UnsupportedConfig
 from epcomm.group import Group
 
 EXIT_OK = 0
@@ -128,15 +131,17 @@ def run(args: argparse.Namespace, group: Group) -> int:
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     try:
         check_options(options, group.size)
+        engine = choose_engine(env.settings().engine)
         text = _load(options, group)
-    except InvalidArgument as error:
+    except (InvalidArgument, UnsupportedConfig) as error:
         if group.rank == 0:
             print(f"epcomm demo: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_ARGUMENTS
     advice = share_processors(group)
     if advice and group.rank == 0 and not options.quiet:
         print(advice, flush=True)
-    return Demo(np, options, group, text).run()
+    with array_namespace(engine, group) as xp:
+        return Demo(xp, options, group, text).run()
 
 
 def check_options(options: Options, num_ranks: int) -> None:

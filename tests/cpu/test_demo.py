@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from launch import ROOT, Result
 
+from epcomm import env
 from epcomm.cli import blas, demo, exchange, plot, report, text
 from epcomm.cli.moe_model import (
     Adam,
@@ -219,6 +220,14 @@ class TestArguments:
         assert f"got 100 bytes of text, but these ranks and this --context need {16 * 2 * 18}" in (
             capsys.readouterr().err
         )
+
+    def test_engine_without_its_gpu(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("epcomm.buffer.find_num_gpus", lambda: 0)
+        monkeypatch.setattr(env, "settings", lambda: env.Settings(engine="cuda"))
+        assert demo.run(parse(), SingleGroup()) == demo.EXIT_BAD_ARGUMENTS
+        assert "epcomm demo: engine='cuda' found no GPU" in capsys.readouterr().err
 
     def test_plot_without_matplotlib(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,29 @@
+"""The demo on CuPy arrays: its reference's losses and gradients, and the host engine's losses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from launch import Result
+
+SMALL = "--batch=32 --hidden=32 --expert-hidden=32 --experts=12 --steps=5"
+
+
+def first_loss(result: Result) -> float:
+    found = re.search(r"loss ([\d.]+) ->", result.stdout)
+    assert found is not None, result
+    return float(found[1])
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(n, marks=pytest.mark.gpu(n), id=str(n)) for n in (1, 3, 4)]
+)
+def test_demo_agrees_with_its_reference(mpiexec: Callable[..., Result], num_ranks: int) -> None:
+    arguments = ("demo_check", num_ranks, *SMALL.split())
+    on_gpus = mpiexec(*arguments, timeout_s=110, env={"EPCOMM_ENGINE": "cuda"})
+    on_host = mpiexec(*arguments, timeout_s=60, env={"EPCOMM_ENGINE": "host"})
+    assert "check passed: " in on_gpus.stdout
+    assert first_loss(on_gpus) == pytest.approx(first_loss(on_host), abs=0.002)
