@@ -53,6 +53,7 @@ MIN_LIST_TOKENS = 8192
 #: Where more bytes are reserved, lists have room for as many tokens as rows of this size.
 LIST_ROW_BYTES = 1024
 _ROUTE_THREADS = 1024
+_AGREE_THREADS = 32
 _WORD = 4
 _NO_DTYPE = -1
 #: Polls of the host's wait for counts that only give up the processor.
@@ -345,8 +346,8 @@ class CudaEngine:
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
         record: _Routing = handle.routing
         staged = _staged_row_bytes(request)
-        self._make_room(record, staged, 0)
         header = self._header("dispatch with a handle", handle.serial, request, 0)
+        self._make_room(record, staged, 0, header)
         data, scales, _ = self._move(request, handle, header, 0)
         return DispatchResult(data, scales, None, [], handle)
 
@@ -516,7 +517,6 @@ class CudaEngine:
         record: _Routing = handle.routing
         num_topk = weights.shape[1] if weights is not None else 0
         row_bytes = data.shape[1] * data.dtype.itemsize
-        self._make_room(record, 0, cuda_layout.slot_row_bytes(row_bytes, num_topk))
         values = dict.fromkeys(AGREED, 0) | {
             "call": cuda_failures.CALL_INDEX["combine"],
             "handle": handle.serial,
@@ -524,6 +524,8 @@ class CudaEngine:
             "dtype": DTYPE_INDEX[data.dtype],
             "num_topk": num_topk,
         }
+        header = _pack_header(values, handle.num_tokens, 0)
+        self._make_room(record, 0, cuda_layout.slot_row_bytes(row_bytes, num_topk), header)
         out = request.allocate((handle.num_tokens, data.shape[1]), data.dtype)
         out_weights, weights_in, weights_out = None, 0, 0
         if weights is not None:
@@ -534,7 +536,7 @@ class CudaEngine:
         params = cuda_params.pack(
             cuda_params.COMBINE,
             self._call,
-            _pack_header(values, handle.num_tokens, 0),
+            header,
             (
                 *(data.ptr, weights_in, *bias_ptrs[:2], out.ptr, weights_out),
                 record.positions.data.ptr,
@@ -560,13 +562,24 @@ class CudaEngine:
 
     # --- room in the slabs ---------------------------------------------------------------------
 
-    def _make_room(self, record: _Routing, staged_row_bytes: int, slot_row_bytes: int) -> None:
+    def _make_room(
+        self, record: _Routing, staged_row_bytes: int, slot_row_bytes: int, header: bytes
+    ) -> None:
         """Have room for a call along known routes, or refuse."""
         needed = areas_for(self._group.size, record.max_tokens, staged_row_bytes, slot_row_bytes)
-        if record.is_exact:
-            self._grow(needed)  # all ranks know the same numbers
-        elif not self._areas.has_room_for(needed):
+        if self._areas.has_room_for(needed):
+            return
+        if not record.is_exact or self._is_capturing:
             raise self._no_room(needed)
+        # Ranks that agree all need the same; one that does not would wait for the others in vain.
+        launch(
+            kernels.agree_spec(self._group.size),
+            stream=self._stream,
+            num_blocks=1,
+            num_threads=_AGREE_THREADS,
+            params=cuda_params.pack(cuda_params.AGREE, self._call, header, ()),
+        )
+        self._grow(needed)
 
     def _check_room(self, num_tokens: int, staged_row_bytes: int) -> None:
         needed = areas_for(self._group.size, num_tokens, staged_row_bytes, 0)

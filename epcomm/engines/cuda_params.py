@@ -89,6 +89,8 @@ LAYOUT = np.dtype(
     align=True,
 )
 
+AGREE = np.dtype([("call", CALL)], align=True)
+
 ROUTE = np.dtype(
     [
         ("call", CALL),
@@ -181,7 +183,7 @@ def pack(
     NOTE: filling a structured array field by field takes longer than launching the kernel.
 
     Args:
-        dtype: ROUTE, DISPATCH or COMBINE.
+        dtype: AGREE, ROUTE, DISPATCH or COMBINE.
         call: CALL as bytes; its header is replaced.
         header: The header as bytes.
         values: Every field behind ``call``, in order, subarrays spread out.

@@ -46,6 +46,12 @@ def layout_spec(num_ranks: int) -> KernelSpec:
 
 
 @cache
+def agree_spec(num_ranks: int) -> KernelSpec:
+    """Return the spec of agree.cu."""
+    return _spec("agree", num_ranks, {"kAgreeParamsBytes": cuda_params.AGREE.itemsize})
+
+
+@cache
 def route_spec(num_ranks: int) -> KernelSpec:
     """Return the spec of route.cu."""
     return _spec("route", num_ranks, {"kRouteParamsBytes": cuda_params.ROUTE.itemsize})
@@ -118,6 +124,7 @@ def all_specs(has_bulk: bool) -> Iterator[KernelSpec]:
 
     for num_ranks in range(1, cuda_layout.MAX_RANKS + 1):
         yield layout_spec(num_ranks)
+        yield agree_spec(num_ranks)
         yield route_spec(num_ranks)
         for num_stages in cuda_tuning.STAGES:
             yield dispatch_spec(num_ranks, has_bulk, num_stages)

@@ -162,6 +162,26 @@ def test_disagreeing_ranks_learn_it_and_work_on(
     world.run(partial(run_round, _CASE, inputs))
 
 
+def test_a_rank_whose_slab_must_grow_meets_those_that_have_room(
+    world: World, inputs: list[Inputs]
+) -> None:
+    """Longer rows need a larger slab, so that rank asks first; the others make the call."""
+
+    def disagreeing(rank: Rank) -> None:
+        handle = route(rank, inputs[rank.rank].topk_idx)
+        if rank.rank == 1:
+            rank.agree({"call": 2, "hidden": 4096})
+        else:
+            rank.dispatch(handle, inputs[rank.rank].rows)
+
+    for failed in world.failures(disagreeing):
+        assert failed is not None
+        assert failed.failure == "mismatch"
+        assert AGREED[int(failed.record["field"])] == "hidden"
+    world.run(lambda rank: rank.agree({"call": 2, "hidden": 4096}))
+    world.run(partial(run_round, _CASE, inputs))
+
+
 def test_too_many_rows_are_refused_everywhere_and_nothing_moves(
     world: World, inputs: list[Inputs]
 ) -> None:

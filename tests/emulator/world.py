@@ -124,6 +124,10 @@ class Grid:
         """Return the spec of layout.cu."""
         return self._divided(kernels.layout_spec(num_ranks))
 
+    def agree_spec(self, num_ranks: int) -> kernels.KernelSpec:
+        """Return the spec of agree.cu."""
+        return self._divided(kernels.agree_spec(num_ranks))
+
     def route_spec(self, num_ranks: int) -> kernels.KernelSpec:
         """Return the spec of route.cu."""
         return self._divided(kernels.route_spec(num_ranks))
@@ -301,6 +305,13 @@ class Rank:
         if handle.host["ticket"] != ticket:
             raise AssertionError("route.cu did not tell the host")
         return handle
+
+    def agree(self, header: dict[str, int]) -> None:
+        """Meet all ranks and compare headers."""
+        params = np.zeros((), cuda_params.AGREE)
+        params["call"] = self._call(header, 0)
+        spec = self.world.grid.agree_spec(self.num_ranks)
+        self._launch(spec, params, num_blocks=1, num_threads=32)
 
     def dispatch(
         self,

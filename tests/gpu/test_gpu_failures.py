@@ -7,7 +7,10 @@ from collections.abc import Callable
 import pytest
 from launch import Result
 
-SCENARIOS = ("late-dispatch", "late-combine", "disagree", "worst", "many-tokens", "one-has-many")
+SCENARIOS = (
+    *("late-dispatch", "late-combine", "disagree", "disagree-and-grow"),
+    *("worst", "many-tokens", "one-has-many"),
+)
 
 
 @pytest.mark.gpu(4)

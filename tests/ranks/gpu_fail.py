@@ -136,9 +136,17 @@ def run_late_combine(check: Checker, case: Case) -> None:
 
 def run_disagree(check: Checker, case: Case) -> None:
     """One rank's rows are longer, in a dispatch, in one along a handle, and in a combine."""
+    disagree(check, case, NUM_BYTES)
+
+
+def run_disagree_and_grow(check: Checker, case: Case) -> None:
+    """The same where the slab has no room for the longer rows."""
+    disagree(check, case, 0)
+
+
+def disagree(check: Checker, case: Case, num_bytes: int) -> None:
     hidden = case.hidden * (2 if check.rank == LATE else 1)
-    # Reserved: with less, the rank with longer rows would first make the slabs grow, alone.
-    with check.buffer(NUM_BYTES) as buffer:
+    with check.buffer(num_bytes) as buffer:
         check_round(check, buffer, case)
         arguments = arguments_of(check, case)
         arguments["x"] = check.frame.make(np.ones((arguments["x"].shape[0], hidden), np.float32))
@@ -239,6 +247,7 @@ SCENARIOS: dict[str, Callable[[Checker, Case], None]] = {
     "late-dispatch": run_late_dispatch,
     "late-combine": run_late_combine,
     "disagree": run_disagree,
+    "disagree-and-grow": run_disagree_and_grow,
     "worst": run_worst,
     "many-tokens": run_many_tokens,
     "one-has-many": run_one_has_many,
