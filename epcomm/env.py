@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from epcomm.errors import InvalidArgument
 
@@ -64,6 +65,11 @@ def parse(environ: Mapping[str, str]) -> Settings:
 def settings() -> Settings:
     """Return this process's settings; the environment is read at the first call only."""
     return parse(os.environ)
+
+
+def kernel_cache_dir() -> Path:
+    """Return the folder in which CuPy keeps compiled kernels."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 def _seconds(text: str) -> float:

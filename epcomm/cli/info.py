@@ -83,7 +83,7 @@ def _describe_mpi() -> Iterator[Line]:
 
 def _describe_gpus() -> Iterator[Line]:
     yield from _describe_driver()
-    cache = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    cache = env.kernel_cache_dir()
     num_files = sum(1 for _ in cache.glob("*")) if cache.is_dir() else 0
     yield "kernel cache", f"{cache} (CuPy's; {num_files} files)"
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from epcomm.env import kernel_cache_dir
 from epcomm.errors import CompileError
 from epcomm.jit.kernels import KernelSpec
 from epcomm.jit.sources import source_dir, source_hash
@@ -44,12 +49,29 @@ def load_function(spec: KernelSpec, shared_bytes: int) -> Any:
     key = (cupy.cuda.runtime.getDevice(), spec)
     loaded = _functions.get(key)
     if loaded is None or loaded[1] < shared_bytes:
-        with _lock:
+        with _lock, one_process_compiles(spec):
             kernel = _compile(spec)
             kernel.max_dynamic_shared_size_bytes = max(shared_bytes, _DEFAULT_SHARED_BYTES)
             loaded = kernel.kernel, max(shared_bytes, _DEFAULT_SHARED_BYTES)
             _functions[key] = loaded
     return loaded[0]
+
+
+@contextmanager
+def one_process_compiles(spec: KernelSpec) -> Iterator[None]:
+    """Keep other processes waiting for this kernel, which they find in CuPy's disk cache then.
+
+    Where the cache's folder cannot be written, every process compiles for itself.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder = kernel_cache_dir()
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / "epcomm.lock").open("a"))
+            # A byte of the file for each kernel; until it is closed, or this process ends.
+            at = zlib.crc32(repr((spec.name, spec.constants)).encode())
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, at)
+        yield
 
 
 def _compile(spec: KernelSpec) -> Any:
