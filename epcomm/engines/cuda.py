@@ -323,11 +323,8 @@ class CudaEngine:
         # Only now: a call that was refused above does not count, on this rank alone as well.
         self._num_dispatches += 1
         record, num_recv = self._route_result, request.num_worst_tokens
-        counts: list[int] = []
         if not request.num_worst_tokens:
-            num_recv, max_tokens, pairs = self._wait_counts(ticket, num_experts)
-            alignment = request.expert_alignment
-            counts = [round_up(count, alignment) for count in pairs]
+            num_recv, max_tokens = self._wait_counts(ticket)
             record = _Routing(
                 record.positions, record.work, record.counts, record.summary, max_tokens, True
             )
@@ -341,6 +338,8 @@ class CudaEngine:
             routing=record,
         )
         data, scales, topk = self._move(request, handle, header, num_experts)
+        # After the launch: the GPU does not wait for lists.
+        counts = [] if request.num_worst_tokens else self._expert_counts(request, num_experts)
         return DispatchResult(data, scales, topk, counts, handle)
 
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
@@ -419,8 +418,12 @@ class CudaEngine:
         )
         return ticket
 
-    def _wait_counts(self, ticket: int, num_experts: int) -> tuple[int, int, list[int]]:
-        """Wait, without holding the GIL, until route.cu has told the host; return what it said."""
+    def _wait_counts(self, ticket: int) -> tuple[int, int]:
+        """Wait, without holding the GIL, until route.cu has told the host.
+
+        Returns:
+            Rows that arrive here, and the most tokens of any rank.
+        """
         summary, record = self._summary, self._record
         seen, failure = summary["ticket"], record["failure"]
         # The device's own deadline comes first; this one is for a device that does not answer.
@@ -434,8 +437,12 @@ class CudaEngine:
             time.sleep(0)
             if polls % _POLLS_BEFORE_DEADLINE == 0 and time.monotonic() > end:
                 raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
-        pairs = summary["expert_counts"][: num_experts // self._group.size].tolist()
-        return int(summary["num_recv"]), int(summary["max_tokens"]), pairs
+        return int(summary["num_recv"]), int(summary["max_tokens"])
+
+    def _expert_counts(self, request: DispatchRequest, num_experts: int) -> list[int]:
+        """Return the pairs of each local expert, as route.cu told them, rounded up."""
+        pairs = self._summary["expert_counts"][: num_experts // self._group.size]
+        return [round_up(count, request.expert_alignment) for count in pairs.tolist()]
 
     def _move(
         self,
