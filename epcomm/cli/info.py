@@ -14,6 +14,7 @@ from pathlib import Path
 
 from epcomm import __version__, env, topology
 from epcomm.cli.launch import launched_group
+from epcomm.config import DEFAULT_MAX_TOKENS, Config
 
 #: Import name, the distributions that bring it, and the extra that installs it.
 _FRAMEWORKS = (
@@ -23,6 +24,9 @@ _FRAMEWORKS = (
     ("matplotlib", ("matplotlib",), "demo"),
     ("threadpoolctl", ("threadpoolctl",), "demo"),
 )
+
+#: What the size of a slab is told for: bf16 rows of 7168 elements, on as many ranks as a node has.
+_ROW_BYTES, _NUM_RANKS = 14336, 8
 
 Line = tuple[str, str]
 
@@ -135,6 +139,12 @@ def _describe_memory() -> Iterator[Line]:
     yield "processors", f"{len(os.sched_getaffinity(0))} ({platform.machine()})"
     where = env.settings().shm_dir
     yield "host slabs", f"files in {where}" if where else "memory without a name (memfd)"
+    hint = Config().get_nvl_buffer_size_hint(_ROW_BYTES, _NUM_RANKS)
+    yield (
+        "slab of a rank",
+        f"{hint / 2**20:.0f} MiB for {DEFAULT_MAX_TOKENS} tokens of {_ROW_BYTES} bytes a rank on "
+        f"{_NUM_RANKS} ranks (Config.get_nvl_buffer_size_hint); a Buffer's repr tells its own",
+    )
 
 
 def _describe_environment() -> Iterator[Line]:
