@@ -80,3 +80,11 @@ class CommTimeout(TransportError, TimeoutError):
             f"{'; ' + detail if detail else ''}. Look first at what those ranks printed; if they "
             f"are only slow, raise timeout_s= or EPCOMM_TIMEOUT_S."
         )
+
+
+def out_of_step(phase: str, rank: int, theirs: str) -> TransportError:
+    """Return the error of a rank that finds another at a different exchange."""
+    return TransportError(
+        f"{phase}: rank {rank} is at {theirs!r}: an earlier exchange ended on some ranks only, or "
+        "ranks make different calls. Make the same call again on every rank."
+    )

@@ -7,14 +7,13 @@ A Buffer takes any of these as it is: an mpi4py communicator, a thread's group f
 
 from __future__ import annotations
 
-import pickle
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from epcomm import env
-from epcomm.errors import CommTimeout, InvalidArgument, TransportError
+from epcomm.errors import CommTimeout, InvalidArgument, TransportError, out_of_step
 from epcomm.waiting import Deadline, wait_until
 
 T = TypeVar("T")
@@ -120,7 +119,7 @@ class ThreadGroup:
             raise CommTimeout(phase, self.rank, missing, limit_s)
         for rank, (other, _) in found.items():
             if other != phase:
-                raise _out_of_step(phase, rank, other)
+                raise out_of_step(phase, rank, other)
         return [found[rank][1] for rank in range(self.size)]
 
     def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
@@ -222,13 +221,6 @@ def run_threads(fn: Callable[[Group], T], num_ranks: int) -> list[T]:
     return results
 
 
-def _out_of_step(phase: str, rank: int, theirs: str) -> TransportError:
-    return TransportError(
-        f"{phase}: rank {rank} is at {theirs!r}: an earlier exchange ended on some ranks only, or "
-        "ranks make different calls. Make the same call again on every rank."
-    )
-
-
 class MpiGroup:
     """An mpi4py communicator as a group.
 
@@ -274,7 +266,7 @@ class MpiGroup:
                         continue  # left over from a round that timed out
                     if (sent_round, sent_phase) != (this_round, phase):
                         self._private.skip_to(self._tag, sent_round)
-                        raise _out_of_step(phase, rank, sent_phase)
+                        raise out_of_step(phase, rank, sent_phase)
                     received[rank] = sent
             return len(received) == self.size and all(send.Test() for send in sends)
 
@@ -362,72 +354,6 @@ def _private_comm(comm: Any, timeout_s: float | None) -> _PrivateComm:
     return private
 
 
-class TorchGroup:
-    """A torch.distributed ProcessGroup, used for bootstrap only: no row ever goes through it.
-
-    Args:
-        process_group: Any backend that can gather objects (gloo, NCCL, MPI).
-    """
-
-    def __init__(self, process_group: Any) -> None:
-        import torch.distributed as dist
-
-        self._dist = dist
-        self._process_group = process_group
-        self.rank = int(dist.get_rank(process_group))
-        self.size = int(dist.get_world_size(process_group))
-
-    def allgather(
-        self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
-    ) -> list[Any]:
-        """See `Group.allgather`. torch cannot tell which ranks are missing."""
-        limit_s = env.settings().timeout_s if timeout_s is None else timeout_s
-        sizes = self._gather(
-            self._tensor([len(data := pickle.dumps(obj))], "int64"), limit_s, phase
-        )
-        longest = max(int(size.item()) for size in sizes)
-        padded = data.ljust(longest, b"\0")
-        parts = self._gather(self._tensor(list(padded), "uint8"), limit_s, phase)
-        return [pickle.loads(bytes(part.cpu().numpy())) for part in parts]
-
-    def _tensor(self, values: list[int], dtype: str) -> Any:
-        import torch
-
-        # The NCCL backend takes only tensors of its rank's own GPU.
-        is_nccl = self._dist.get_backend(self._process_group) == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
-        return torch.tensor(values, dtype=getattr(torch, dtype), device=device)
-
-    def _gather(self, tensor: Any, timeout_s: float, phase: str) -> list[Any]:
-        import torch
-
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        work = self._dist.all_gather(parts, tensor, group=self._process_group, async_op=True)
-        try:
-            done = wait_until(work.is_completed, Deadline(timeout_s))
-            if done:
-                work.wait()
-        except RuntimeError as error:
-            raise TransportError(f"{phase}: torch.distributed failed: {error}") from error
-        if not done:
-            raise CommTimeout(phase, self.rank, [], timeout_s)
-        return parts
-
-    def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
-        """See `Group.barrier`."""
-        self.allgather(None, timeout_s=timeout_s, phase=phase)
-
-    def split(self, color: int) -> TorchGroup:
-        """See `Group.split`."""
-        colors = self.allgather(color, phase="split")
-        world = self._dist.get_process_group_ranks(self._process_group)
-        members = [world[rank] for rank, other in enumerate(colors) if other == color]
-        return TorchGroup(self._dist.new_group(members, use_local_synchronization=True))
-
-    def check(self) -> None:
-        """Nothing to look at: torch.distributed tells of failures only where one waits."""
-
-
 def as_group(obj: Any, timeout_s: float | None = None) -> Group:
     """Return the Group for what a caller passes as one.
 
@@ -445,6 +371,8 @@ def as_group(obj: Any, timeout_s: float | None = None) -> Group:
     torch = sys.modules.get("torch")
     dist = getattr(torch, "distributed", None)
     if dist is not None and dist.is_available() and isinstance(obj, dist.ProcessGroup):
+        from epcomm.torch_group import TorchGroup
+
         return TorchGroup(obj)
     if isinstance(obj, Group) and not isinstance(obj, type):
         return obj

@@ -53,7 +53,7 @@ def test_threads_are_taken_as_they_are() -> None:
 
 
 def test_threads_with_a_missing_rank() -> None:
-    run_threads(lambda group: fail_group.check_missing(group, names_ranks=True), 4)
+    run_threads(fail_group.check_missing, 4)
 
 
 def test_threads_pass_objects_on_as_they_are() -> None:
