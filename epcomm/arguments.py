@@ -26,6 +26,9 @@ from epcomm.handle import DispatchHandle
 #: Rows move in pieces of this many bytes.
 ROW_MULTIPLE = 16
 
+#: What counts of anything are below: ranks tell each other 32-bit numbers.
+MAX_COUNT = 2**31 - 1
+
 INDEX_DTYPES = (np.dtype(np.int64), np.dtype(np.int32))
 SCALE_DTYPES = (np.dtype(np.float32), np.dtype(np.int32))
 SUM_DTYPES = (BFLOAT16, np.dtype(np.float16), np.dtype(np.float32))
@@ -103,8 +106,8 @@ def view_of(
     return view
 
 
-def whole_number(value: Any, name: str, least: int) -> int:
-    """Return a whole number that is at least a bound, or raise InvalidArgument."""
+def whole_number(value: Any, name: str, least: int, most: int | None = MAX_COUNT) -> int:
+    """Return a whole number within bounds, or raise InvalidArgument."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -113,6 +116,8 @@ def whole_number(value: Any, name: str, least: int) -> int:
         raise InvalidArgument(
             f"{name} is {value!r}; it must be a whole number of at least {least}."
         )
+    if most is not None and number > most:
+        raise InvalidArgument(f"{name} is {value!r}; it must be at most {most}.")
     return number
 
 
@@ -276,7 +281,7 @@ def view_combine(
         check_num_topk(weights, "topk_weights")
     biases = bias if isinstance(bias, tuple | list) else () if bias is None else (bias,)
     if len(biases) > 2:
-        raise InvalidArgument(f"bias is a tuple of {len(biases)}; pass none, one or two arrays.")
+        raise InvalidArgument(f"bias has {len(biases)} arrays; pass none, one or two.")
     shape = (handle.num_tokens, data.shape[1])
     views = tuple(
         view_of(one, f"bias[{i}]", place, shape=shape, dtypes=(data.dtype,))

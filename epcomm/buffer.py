@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, ClassVar
 
 from epcomm import arguments, env, topology
@@ -36,7 +37,8 @@ class Buffer(LowLatencyCalls):
     """Moves tokens to the ranks of their experts, and experts' results back.
 
     All arrays of a call are of one device; what comes out is of the framework of ``x``. Transfers,
-    construction and `destroy` are collective: every rank of the group calls them, in one order.
+    construction and `destroy` are collective: every rank of the group calls them, in one order, and
+    from one thread at a time.
 
     Args:
         group: The ranks: an mpi4py communicator, a torch.distributed ProcessGroup, or a group from
@@ -99,17 +101,13 @@ class Buffer(LowLatencyCalls):
                 "torch.distributed ProcessGroup, or the group that run_threads gives."
             )
         self.group = comm if group is None else group
-        self.num_nvl_bytes = arguments.whole_number(num_nvl_bytes, "num_nvl_bytes", 0)
-        self.num_rdma_bytes = arguments.whole_number(num_rdma_bytes, "num_rdma_bytes", 0)
+        self.num_nvl_bytes = arguments.whole_number(num_nvl_bytes, "num_nvl_bytes", 0, None)
+        self.num_rdma_bytes = arguments.whole_number(num_rdma_bytes, "num_rdma_bytes", 0, None)
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         settings = env.settings()
-        self.timeout_s = settings.timeout_s if timeout_s is None else timeout_s
-        if not isinstance(self.timeout_s, int | float) or not 0 < self.timeout_s < float("inf"):
-            raise InvalidArgument(
-                f"timeout_s is {timeout_s!r}; it must be a number of seconds > 0."
-            )
+        self.timeout_s = settings.timeout_s if timeout_s is None else _seconds(timeout_s)
         wanted_engine = choose_engine(engine or settings.engine)
         ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
@@ -236,15 +234,17 @@ class Buffer(LowLatencyCalls):
 
         Args:
             dtype: A NumPy or torch dtype; decides the framework of what is returned.
-            size: Shape, or None for all there is, in one dimension.
+            size: Shape, or a number of elements, or None for all there are.
             offset: Bytes to skip, a multiple of the dtype's size.
             use_rdma_buffer: Take the memory of low-latency calls.
         """
         memory = self._open().local_memory(use_rdma_buffer)
         framework, numpy_dtype = framework_of_dtype(dtype, memory.device)
-        skip = arguments.whole_number(offset, "offset", 0)
+        skip = arguments.whole_number(offset, "offset", 0, None)
         itemsize = numpy_dtype.itemsize
-        shape = ((memory.num_bytes - skip) // itemsize,) if size is None else tuple(size)
+        if size is None:
+            size = (memory.num_bytes - skip) // itemsize
+        shape = tuple(size) if isinstance(size, Iterable) else (size,)
         end = skip + math.prod(shape) * itemsize
         if skip % itemsize or end > memory.num_bytes or min(shape, default=0) < 0:
             raise InvalidArgument(
@@ -556,6 +556,13 @@ def _agree_on_setup(group: Group, mine: dict[str, Any], timeout_s: float) -> Non
             raise RankMismatch(
                 f"Buffer: ranks disagree on {name} ({shown}). Every rank must pass the same."
             )
+
+
+def _seconds(timeout_s: Any) -> float:
+    seconds = float(timeout_s) if isinstance(timeout_s, Real) else 0.0
+    if not 0 < seconds < float("inf"):
+        raise InvalidArgument(f"timeout_s is {timeout_s!r}; it must be a number of seconds > 0.")
+    return seconds
 
 
 def _check_config(config: Any) -> None:

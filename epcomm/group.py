@@ -181,6 +181,14 @@ class _ThreadWorld:
             ) from error
 
 
+_this_thread = threading.local()
+
+
+def is_rank_thread() -> bool:
+    """Return whether this thread plays a rank, started by `run_threads`."""
+    return getattr(_this_thread, "is_rank", False)
+
+
 def run_threads(fn: Callable[[Group], T], num_ranks: int) -> list[T]:
     """Run a function once a rank, with ranks as threads of this process.
 
@@ -197,12 +205,13 @@ def run_threads(fn: Callable[[Group], T], num_ranks: int) -> list[T]:
         InvalidArgument: ``num_ranks`` is below 1.
         BaseException: What the first failing rank raised; the other ranks' waits end at once.
     """
-    if num_ranks < 1:
-        raise InvalidArgument(f"num_ranks is {num_ranks}; it must be at least 1.")
+    if not isinstance(num_ranks, int) or num_ranks < 1:
+        raise InvalidArgument(f"num_ranks is {num_ranks!r}; it must be at least 1.")
     world = _ThreadWorld()
     results: list[Any] = [None] * num_ranks
 
     def run_rank(rank: int) -> None:
+        _this_thread.is_rank = True
         try:
             results[rank] = fn(ThreadGroup(world, (), range(num_ranks), rank))
         except BaseException as error:  # re-raised in the caller's thread below

@@ -7,7 +7,7 @@ from typing import Any
 
 from epcomm.buffer import Buffer
 from epcomm.errors import ClosedError
-from epcomm.group import ThreadGroup
+from epcomm.group import is_rank_thread
 
 
 class OneBuffer:
@@ -36,8 +36,7 @@ class OneBuffer:
             num_rdma_bytes: Bytes that it must have, as in `Buffer`.
             low_latency_mode: As in `Buffer`.
         """
-        is_thread = isinstance(group, ThreadGroup)
-        buffer = getattr(self._of_thread, "buffer", None) if is_thread else self._of_process
+        buffer = self._find()
         if (
             buffer is not None
             and buffer.group is group
@@ -49,7 +48,7 @@ class OneBuffer:
         if buffer is not None:
             buffer.destroy()
         buffer = Buffer(group, num_nvl_bytes, num_rdma_bytes, low_latency_mode)
-        if is_thread:
+        if is_rank_thread():
             self._of_thread.buffer = buffer
         else:
             self._of_process = buffer
@@ -64,7 +63,10 @@ class OneBuffer:
         Raises:
             ClosedError: There is none yet.
         """
-        buffer: Buffer | None = getattr(self._of_thread, "buffer", None) or self._of_process
+        buffer = self._find()
         if buffer is None:
             raise ClosedError(f"{name}: no Buffer yet; call {self._module}.get_buffer first.")
         return buffer
+
+    def _find(self) -> Buffer | None:
+        return getattr(self._of_thread, "buffer", None) if is_rank_thread() else self._of_process

@@ -225,7 +225,22 @@ def _free_on_host() -> int | None:
 
 def _free_in_container() -> int | None:
     """Return what the control group's limit leaves; None where there is no limit."""
-    folder = Path("/sys/fs/cgroup")
+    found = [free for folder in _control_groups() if (free := _free_in(folder)) is not None]
+    return min(found, default=None)
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
+    """Return the folders of the control groups (version 2) that this process is in."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+    except (OSError, StopIteration):
+        own = ""
+    folder = root / own
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+
+
+def _free_in(folder: Path) -> int | None:
     try:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())
@@ -237,11 +252,16 @@ def _free_in_container() -> int | None:
 
 
 def _no_memory(num_bytes: int, shm_dir: str | None, problem: Exception) -> str:
+    if shm_dir is not None and not os.path.isdir(shm_dir):
+        return (
+            f"EPCOMM_SHM_DIR is {shm_dir}, which is no folder here; it must be one that all ranks "
+            "of the host can write. Make it, name another, or unset the variable."
+        )
     where = "memory" if shm_dir is None else f"EPCOMM_SHM_DIR={shm_dir}"
     remedy = "" if shm_dir is None else ", name a roomier EPCOMM_SHM_DIR, or unset it"
     return (
         f"no room for a slab of {num_bytes / 2**20:.1f} MiB in {where}: {problem}. Pass fewer "
-        f"tokens a call or a smaller num_nvl_bytes{remedy}."
+        f"tokens a call or a smaller num_nvl_bytes or num_rdma_bytes{remedy}."
     )
 
 

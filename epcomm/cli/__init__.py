@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from epcomm import __version__, env
 from epcomm.cli import demo, info, plan
-from epcomm.cli.launch import run_on_ranks
+from epcomm.cli.launch import is_mpi_rank, run_on_ranks
 from epcomm.errors import InvalidArgument
 
 
@@ -44,4 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return info.run(args)
     if args.command == "plan":
         return plan.run(args)
+    if args.threads is not None and is_mpi_rank():
+        parser.error("--threads makes ranks of this process, and mpiexec started ranks; pass one.")
     return max(run_on_ranks(lambda group: demo.run(args, group), args.threads))

@@ -138,7 +138,10 @@ def _describe_memory() -> Iterator[Line]:
         yield "free host memory", "unknown"
     yield "processors", f"{len(os.sched_getaffinity(0))} ({platform.machine()})"
     where = env.settings().shm_dir
-    yield "host slabs", f"files in {where}" if where else "memory without a name (memfd)"
+    if where is not None and not Path(where).is_dir():
+        yield "host slabs", f"missing: EPCOMM_SHM_DIR is {where}, no folder here: mkdir -p {where}"
+    else:
+        yield "host slabs", f"files in {where}" if where else "memory without a name (memfd)"
     hint = Config().get_nvl_buffer_size_hint(_ROW_BYTES, _NUM_RANKS)
     yield (
         "slab of a rank",

@@ -496,8 +496,18 @@ def _check_layout(
             f"num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank has "
             f"{true_counts.tolist()} tokens a rank; pass both from one get_dispatch_layout."
         )
-    if topk is not None:
-        _check_expert_ids(topk.idx.numpy(), len(per_expert))
+    if topk is None:
+        return
+    idx = topk.idx.numpy()
+    _check_expert_ids(idx, len(per_expert))
+    pairs = np.bincount(idx[idx >= 0], minlength=len(per_expert))
+    wrong = np.flatnonzero(pairs != per_expert)
+    if len(wrong):
+        expert = int(wrong[0])
+        raise InvalidArgument(
+            f"num_tokens_per_expert[{expert}] is {per_expert[expert]}, but topk_idx chooses expert "
+            f"{expert} {pairs[expert]} times; pass the topk_idx that the layout was made of."
+        )
 
 
 def _check_worst_tokens(arriving: routing.Ints, num_worst_tokens: routing.Ints) -> None:

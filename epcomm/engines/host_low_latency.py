@@ -231,7 +231,7 @@ class HostLowLatency:
     ) -> None:
         for begin in range(0, len(rows), _CHUNK_TOKENS):
             part = slice(begin, min(begin + _CHUNK_TOKENS, len(rows)))
-            values = self._scratch.take("cast", rows[part].shape, np.dtype(np.float32))
+            values = self._scratch.take("cast rows", rows[part].shape, np.dtype(np.float32))
             np.copyto(values, rows[part])
             cast_to_fp8(values, fp8, out[part], out_scales[part])
 
@@ -393,9 +393,9 @@ class _Pick:
         tokens = np.flatnonzero(self._rank_of[:, choice] == rank)
         if not len(tokens):
             return False
-        rows = self._take("rows", len(tokens), BFLOAT16)
-        weighted = self._take("weighted", len(tokens), _FLOAT32)
-        before = self._take("before", len(tokens), _FLOAT32)
+        rows = self._take("choice rows", len(tokens), BFLOAT16)
+        weighted = self._take("choice sums", len(tokens), _FLOAT32)
+        before = self._take("choice sums before", len(tokens), _FLOAT32)
         source = self._sources[rank][0].reshape(-1, self._hidden)
         gather_rows(as_rows(source), self._row_of[tokens, choice], as_rows(rows))
         np.copyto(weighted, rows)
@@ -407,7 +407,7 @@ class _Pick:
 
     def sum_by_choice(self) -> npt.NDArray[np.float32]:
         """Sum over the choices, ascending."""
-        total = self._zeros("sums")
+        total = self._zeros("token sums")
         for choice in range(self._rank_of.shape[1]):
             for rank in range(len(self._sources)):
                 self._add(total, rank, choice)
@@ -415,10 +415,10 @@ class _Pick:
 
     def sum_by_rank(self) -> npt.NDArray[np.float32]:
         """Sum each rank's choices, round that to bf16 as the wire does, and sum the ranks."""
-        total = self._zeros("sums")
-        on_wire = self._take("wire", len(total), BFLOAT16)
+        total = self._zeros("token sums")
+        on_wire = self._take("wire rows", len(total), BFLOAT16)
         for rank in range(len(self._sources)):
-            share = self._zeros("share")
+            share = self._zeros("rank sums")
             found = [self._add(share, rank, k) for k in range(self._rank_of.shape[1])]
             if any(found):
                 np.copyto(on_wire, share, casting="unsafe")

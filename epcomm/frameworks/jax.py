@@ -10,7 +10,7 @@ import jax.dlpack
 import numpy as np
 
 from epcomm.arrays import ArrayView, Device, empty_aligned, packed_strides, view_numpy
-from epcomm.errors import InvalidArgument
+from epcomm.errors import InvalidArgument, UnsupportedConfig
 
 
 class JaxFramework:
@@ -75,11 +75,10 @@ class JaxFramework:
         if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             return array
         with jax.default_device(jax.devices("cpu")[0]):
-            # NOTE: never a copy, since a receive hook may fill the memory later. device_put would
-            # copy transposed arrays, and NumPy's DLPack knows no bf16 and no fp8.
+            # NOTE: device_put would copy transposed arrays; NumPy's DLPack knows no bf16, no fp8.
             if not array.flags.c_contiguous:
-                return jax.dlpack.from_dlpack(array)
-            return jax.device_put(array, may_alias=True)
+                return _alias(jax.dlpack.from_dlpack(array), view)
+            return _alias(jax.device_put(array, may_alias=True), view)
 
     def _adopt(self, view: ArrayView) -> Any:
         from epcomm.frameworks.cupy import CupyFramework
@@ -89,7 +88,7 @@ class JaxFramework:
             return array
         adopted = jax.dlpack.from_dlpack(array)
         # CuPy has no fp8: such memory is uint8 until here.
-        return adopted if adopted.dtype == view.dtype else adopted.view(view.dtype)
+        return _alias(adopted if adopted.dtype == view.dtype else adopted.view(view.dtype), view)
 
     def current_stream(self, device: Device) -> int | None:
         """Return None: JAX does not show its streams."""
@@ -98,3 +97,13 @@ class JaxFramework:
     def wait_ready(self, arrays: Iterable[Any]) -> None:
         """Wait until JAX has computed the arrays."""
         jax.block_until_ready(list(arrays))
+
+
+def _alias(array: Any, view: ArrayView) -> Any:
+    """Return the array, which must be the view's own memory: a receive hook may fill it later."""
+    if view.num_bytes and array.unsafe_buffer_pointer() != view.ptr:
+        raise UnsupportedConfig(
+            f"jax {jax.__version__} copied an output of {view.dtype.name}{list(view.shape)} in "
+            "place of adopting its memory; install jax>=0.8."
+        )
+    return array

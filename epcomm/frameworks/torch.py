@@ -5,32 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
-from epcomm.arrays import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, ArrayView, Device
+from epcomm.arrays import DTYPES, ArrayView, Device
 from epcomm.errors import InvalidArgument
 
+# torch calls them as NumPy does; an older one has not all of them.
 _TORCH_OF_NUMPY: dict[np.dtype[Any], torch.dtype] = {
-    np.dtype(np.bool_): torch.bool,
-    np.dtype(np.uint8): torch.uint8,
-    np.dtype(np.int8): torch.int8,
-    np.dtype(np.int16): torch.int16,
-    np.dtype(np.uint16): torch.uint16,
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.uint32): torch.uint32,
-    np.dtype(np.int64): torch.int64,
-    np.dtype(np.uint64): torch.uint64,
-    np.dtype(np.float16): torch.float16,
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.float64): torch.float64,
-    BFLOAT16: torch.bfloat16,
-    FLOAT8_E4M3: torch.float8_e4m3fn,
-    FLOAT8_E5M2: torch.float8_e5m2,
-    np.dtype(ml_dtypes.float8_e4m3fnuz): torch.float8_e4m3fnuz,
-    np.dtype(ml_dtypes.float8_e5m2fnuz): torch.float8_e5m2fnuz,
-    np.dtype(ml_dtypes.float8_e8m0fnu): torch.float8_e8m0fnu,
+    dtype: getattr(torch, dtype.name) for dtype in DTYPES if hasattr(torch, dtype.name)
 }
 _NUMPY_OF_TORCH = {theirs: ours for ours, theirs in _TORCH_OF_NUMPY.items()}
 
@@ -61,6 +44,19 @@ def _tensor_over(view: ArrayView) -> torch.Tensor:
     return raw.view(_TORCH_OF_NUMPY[view.dtype]).view(view.shape)
 
 
+def _data_ptr(tensor: torch.Tensor, name: str) -> int:
+    try:
+        ptr = 0 if type(tensor).__name__ == "FakeTensor" else tensor.data_ptr()
+    except RuntimeError:  # wrapped by vmap, jvp and their like
+        ptr = 0
+    if ptr == 0 and tensor.numel():
+        raise InvalidArgument(
+            f"{name} has no memory: this call stands inside vmap, jvp, torch.compile or a fake "
+            "mode, where there is no data yet. Call epcomm outside, on plain tensors."
+        )
+    return ptr
+
+
 class TorchFramework:
     """See `epcomm.frameworks.Framework`."""
 
@@ -80,16 +76,18 @@ class TorchFramework:
                 f"{name} requires grad, and epcomm's calls are not recorded for autograd. Call "
                 f"inside torch.no_grad() or an autograd.Function, or pass {name}.detach()."
             )
-        if array.layout is not torch.strided or array.device.type not in ("cpu", "cuda"):
+        is_plain = array.layout is torch.strided and not array.is_nested
+        if not is_plain or array.device.type not in ("cpu", "cuda"):
+            kind = "nested" if array.is_nested else array.layout
             raise InvalidArgument(
-                f"{name} is a {array.layout} tensor on {array.device}; epcomm takes strided "
-                "tensors on cpu and cuda."
+                f"{name} is a {kind} tensor on {array.device}; epcomm takes strided tensors on cpu "
+                "and cuda."
             )
         if array.is_conj() or array.is_neg():
             raise InvalidArgument(f"{name} is a lazy view; pass {name}.resolve_neg().")
         dtype = numpy_dtype(array.dtype, name)
         return ArrayView(
-            ptr=array.data_ptr(),
+            ptr=_data_ptr(array, name),
             shape=tuple(array.shape),
             strides=tuple(step * dtype.itemsize for step in array.stride()),
             dtype=dtype,

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from launch import ROOT
 
-from epcomm import Buffer, InvalidArgument, SingleGroup
+from epcomm import Buffer, InvalidArgument, SingleGroup, UnsupportedConfig
 from epcomm.arrays import (
     CPU,
     DTYPES,
@@ -531,6 +532,23 @@ def test_torch_wrong_device_and_layout(torch: ModuleType) -> None:
         assert f"x is a {shown}; epcomm takes strided tensors on cpu and cuda" in str(caught.value)
 
 
+def test_torch_without_memory(torch: ModuleType) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def refuse(tensor: Any) -> Any:
+        with pytest.raises(InvalidArgument, match="x has no memory: this call stands inside vmap"):
+            view(tensor, "x")
+        return tensor
+
+    with FakeTensorMode():
+        refuse(torch.zeros(2, 4))
+    torch.vmap(refuse)(torch.zeros(2, 4))
+    nested = torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+    with pytest.raises(InvalidArgument, match="x is a nested tensor on cpu"):
+        view(nested, "x")
+    assert view(torch.zeros(0, 4)).shape == (0, 4)
+
+
 def test_torch_lazy_views_and_complex(torch: ModuleType) -> None:
     negated = torch._neg_view(torch.ones(3))
     with pytest.raises(InvalidArgument, match=r"x is a lazy view; pass x.resolve_neg\(\)"):
@@ -677,6 +695,20 @@ def test_jax_pending_result_is_waited_for(jax: ModuleType) -> None:
     rows = jax.numpy.ones((1500, 1500)) / 1500
     found = view(rows @ rows @ rows).numpy()
     np.testing.assert_allclose(found, 1 / 1500, rtol=1e-4)
+
+
+def test_jax_outputs_are_never_copies(jax: ModuleType) -> None:
+    """What a hook fills later must be the memory that the array shows."""
+    made = framework_of(jax.numpy.ones(1), "x").empty((3, 5), np.dtype(np.float32), CPU, None)
+    turned = replace(made, shape=(5, 3), strides=(4, 20))
+    finish = framework_of(jax.numpy.ones(1), "x").finish
+    arrays = finish(made), finish(turned)
+    made.numpy()[...] = np.arange(15).reshape(3, 5)
+    for array, want in zip(arrays, (made.numpy(), made.numpy().T), strict=True):
+        np.testing.assert_array_equal(np.asarray(array), want)
+    odd = np.zeros(64, np.uint8)[1:17]  # JAX copies what is not aligned
+    with pytest.raises(UnsupportedConfig, match=r"copied an output of uint8\[16\] in place"):
+        finish(view_numpy(odd))
 
 
 def test_jax_is_never_written_by_name(jax: ModuleType) -> None:

@@ -414,7 +414,17 @@ DISPATCH = [
         *("topk_weights is float64", "float32"),
     ),
     refused(
+        "idx-of-another-layout",
+        lambda r: r.dispatch(topk_idx=np.zeros_like(r.idx)),
+        *("num_tokens_per_expert[0] is ", "topk_idx chooses expert 0 15 times", "was made of"),
+    ),
+    refused(
         "alignment", lambda r: r.dispatch(expert_alignment=0), "expert_alignment is 0", "least 1"
+    ),
+    refused(
+        "alignment-large",
+        lambda r: r.dispatch(expert_alignment=2**63),
+        *("expert_alignment is 9223372036854775808", "at most 2147483647"),
     ),
     refused(
         "worst-negative",
@@ -494,9 +504,7 @@ COMBINE = [
     ),
     refused("bias-dtype", lambda r: r.combine(bias=r.bf16), "bias[0] is bfloat16", "float32"),
     refused("bias-second", lambda r: r.combine(bias=(r.x, r.bf16)), "bias[1] is bfloat16"),
-    refused(
-        "bias-three", lambda r: r.combine(bias=(r.x,) * 3), "bias is a tuple of 3", "one or two"
-    ),
+    refused("bias-three", lambda r: r.combine(bias=(r.x,) * 3), "bias has 3 arrays", "one or two"),
     refused("config", lambda r: r.combine(config="fast"), "config is a str", "epcomm.Config"),
 ]
 
@@ -1010,6 +1018,14 @@ def test_training_and_decoding_without_a_buffer() -> None:
             decoding.low_latency_combine(x, idx, weights, (None, None, 1, 16, 2))
 
     run_threads(fn, 1)
+
+
+def test_training_of_a_thread_never_takes_the_buffer_of_the_process() -> None:
+    buffer = training.get_buffer(SingleGroup(), 64)
+    try:
+        test_training_and_decoding_without_a_buffer()
+    finally:
+        buffer.destroy()
 
 
 def test_training_with_a_handle_of_a_buffer_that_is_gone() -> None:

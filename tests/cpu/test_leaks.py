@@ -16,7 +16,7 @@ import pytest
 from processes import Processes, start
 from ranks import fail_common as common
 
-from epcomm import Buffer, PeerMapError, SingleGroup, TransportError, env, run_threads
+from epcomm import Buffer, PeerMapError, SingleGroup, TransportError, env, run_threads, slab
 from epcomm.slab import HostSlabs
 
 pytestmark = pytest.mark.timeout(120)
@@ -265,10 +265,24 @@ def test_folder_that_does_not_exist(shm_dir: Path) -> None:
     shm_dir.rmdir()
     messages = errors_of_all(2)
     assert len(set(messages)) == 1
-    assert "rank 0: no room for a slab" in messages[0]
-    assert f"EPCOMM_SHM_DIR={shm_dir}" in messages[0]
-    assert "No such file or directory" in messages[0]
-    assert "unset it" in messages[0]
+    assert f"rank 0: EPCOMM_SHM_DIR is {shm_dir}, which is no folder here" in messages[0]
+    assert "Make it, name another, or unset the variable." in messages[0]
+
+
+def test_limits_of_nested_control_groups(tmp_path: Path) -> None:
+    """A job's limit stands in some group above the process's own; the least room counts."""
+    inner = tmp_path / "job" / "step"
+    inner.mkdir(parents=True)
+    for folder, limit in ((tmp_path, "max"), (tmp_path / "job", "5000"), (inner, "max")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("3000\n")
+        (folder / "memory.stat").write_text("anon 1\ninactive_file 500\n")
+    assert [slab._free_in(folder) for folder in (tmp_path, tmp_path / "job", inner)] == [
+        None,
+        2500,
+        None,
+    ]
+    assert slab._control_groups(tmp_path)[-1] == tmp_path
 
 
 def test_more_than_the_machine_has() -> None:
@@ -303,7 +317,7 @@ def test_growth_that_fails_is_told_and_the_buffer_works(shm_dir: Path) -> None:
         x = np.ones((1000, 1024), np.float32)
         idx = np.zeros((1000, 1), np.int64)
         weights = np.ones((1000, 1), np.float32)
-        with pytest.raises(TransportError, match="no room for a slab") as caught:
+        with pytest.raises(TransportError, match="which is no folder here") as caught:
             buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=2)
         use(buffer, 1)
         return str(caught.value)
