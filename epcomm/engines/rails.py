@@ -206,7 +206,8 @@ class RailsEngine:
         headers = np.empty((num_ranks, len(header)), np.int64)
         for rank, of_rail in zip(self._ranks, by_index, strict=True):
             if isinstance(of_rail, list):
-                detail = "" if rank == self._topology.rank else f"rank {rank}, of this node, did"
+                is_mine = rank == self._topology.rank
+                detail = "" if is_mine else f"rank {rank} of this node gave up waiting for it"
                 raise CommTimeout(phase, self._topology.rank, of_rail, self._timeout_s, detail)
         for index, of_rail in enumerate(by_index):
             for node, one in enumerate(of_rail):
