@@ -67,5 +67,9 @@ def test_killed_node_ends_the_others(mpiexec: Mpiexec, place: str) -> None:
     assert result.ok_ranks() == [0, 1], result
 
 
+def test_unequal_nodes_are_refused(mpiexec: Mpiexec) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 3, "unequal", timeout_s=30)
+
+
 def test_low_latency_calls_are_refused(mpiexec: Mpiexec) -> None:
     between_nodes(mpiexec, "rails_fail", 4, 2, "refused", timeout_s=30)

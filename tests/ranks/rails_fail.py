@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -129,6 +130,39 @@ def check_killed(comm: Any, place: str) -> None:
     os._exit(0)
 
 
+def check_cut(comm: Any, device: str) -> None:
+    """The network between the nodes is cut in a call, and mended for mpiexec when all have failed.
+
+    Only where `device`, on rank 0, is that network.
+    """
+    buffer = Buffer(comm, timeout_s=TIMEOUT_S)
+    check_round(buffer, 0)
+    comm.Barrier()
+
+    def set_link(state: str) -> None:
+        subprocess.run(["ip", "link", "set", device, state], check=True)
+
+    if comm.rank == 0:
+        before("rows", lambda: set_link("down"))
+    start_s = time.monotonic()
+    # Rows may have arrived before the cut; then it is the next call that finds it.
+    error = error_of(lambda: [check_round(buffer, seed) for seed in (1, 2)], TransportError)
+    assert "rail peer" in str(error) or "rank(s) " in str(error)
+    assert time.monotonic() - start_s < 4 * TIMEOUT_S + 2 * rails.GRACE_S
+    if comm.rank == 0:
+        time.sleep(2 * TIMEOUT_S)
+        set_link("up")
+    print(f"EPCOMM-OK {comm.rank}", flush=True)
+    time.sleep(4 * TIMEOUT_S)
+    os._exit(0)
+
+
+def check_unequal(comm: Any, what: str) -> None:
+    """Nodes of different numbers of ranks are refused by all ranks."""
+    error = error_of(lambda: Buffer(comm, timeout_s=10.0), UnsupportedConfig)
+    assert "node 0 has 3 (0, 1, 2), node 1 has 1 (3,)" in str(error)
+
+
 def check_refused(comm: Any, what: str) -> None:
     """What stays inside a node says what to use."""
     buffer = Buffer(comm, timeout_s=10.0, enable_shrink=True)
@@ -159,6 +193,8 @@ CHECKS = {
     "absent": check_absent,
     "killed": check_killed,
     "refused": check_refused,
+    "cut": check_cut,
+    "unequal": check_unequal,
 }
 
 
