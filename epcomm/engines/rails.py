@@ -5,14 +5,15 @@ there (the *rail peer*), and the node's engine spreads it as if it were the rail
 goes the same way back: summed in the node and rounded once for the wire, then added at the origin.
 
 Everything goes chunk by chunk (see `rail_routes`): while one chunk is spread or summed in the node,
-messages of others are under way. All ranks go through chunks and nodes in one order: in each
-chunk rank r of node n sends to nodes n + 1, n + 2, ... and receives from n - 1, n - 2, ..., so
-that no node is everybody's first. Nobody waits for what comes later in that order than what it has
-done itself, so a window of any size moves on.
+messages of others are under way. All ranks go through the same *rounds*: round k of a chunk, k from
+1, sends from every node n to node n + k, so that no node is everybody's first. Whoever waits in a
+round has sent what others wait for in that round and earlier ones, and what a full window waits for
+is received in earlier rounds: so some rank can always go on, whatever the window.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -54,11 +55,11 @@ _AGREED_ROWS = ("hidden", "dtype", "num_scales", "scales_dtype")
 _AGREED_TOPK = ("num_topk", "topk_dtype", "num_experts", "expert_alignment")
 _DISPATCH = define_call(
     "dispatch",
-    (*_AGREED_ROWS, *_AGREED_TOPK, "num_chunk_tokens"),
+    (*_AGREED_ROWS, *_AGREED_TOPK, "num_chunk_tokens", "num_in_flight"),
     ("num_tokens", "num_worst_tokens"),
 )
-_DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *_AGREED_ROWS))
-_COMBINE = define_call("combine", ("handle", "hidden", "dtype", "num_topk"))
+_DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *_AGREED_ROWS, "num_in_flight"))
+_COMBINE = define_call("combine", ("handle", "hidden", "dtype", "num_topk", "num_in_flight"))
 _CALL_WORDS = 24
 
 _NO_DTYPE = -1
@@ -260,6 +261,7 @@ class RailsEngine:
             "num_experts": len(per_expert),
             "expert_alignment": request.expert_alignment,
             "num_chunk_tokens": request.chunks.num_tokens,
+            "num_in_flight": request.chunks.num_in_flight,
             "num_tokens": len(mask),
             "num_worst_tokens": request.num_worst_tokens,
         }
@@ -294,7 +296,12 @@ class RailsEngine:
         return DispatchResult(out.data, out.scales, out.topk, per_local_expert, handle)
 
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
-        self._agree(_DISPATCH_AGAIN, {**row_values(request), "handle": handle.serial})
+        values = {
+            **row_values(request),
+            "handle": handle.serial,
+            "num_in_flight": request.chunks.num_in_flight,
+        }
+        self._agree(_DISPATCH_AGAIN, values)
         out = _allocate_outputs(request, handle.num_recv_rows)
         spread = _Spread(self, request, handle.routing, out)
         self._run_dispatch(request, handle.routing, spread)
@@ -348,48 +355,50 @@ class RailsEngine:
 
     def _run_dispatch(self, request: DispatchRequest, routes: RailRoutes, spread: _Spread) -> None:
         """Send, receive and spread all chunks."""
-        topology, own = self._topology, self._topology.node
-        num_chunks = max(routes.num_chunks)
-        sends = [
-            (node, chunk)
+        own, num_chunks = self._topology.node, max(routes.num_chunks)
+        sends = deque(
+            (chunk, k, node)
             for chunk in range(num_chunks)
-            for node in self._forward
+            for k, node in enumerate(self._forward, start=1)
             if len(routes.outgoing_in(node, chunk))
-        ]
+        )
         receives = [
             Message(node, spread.sections(num_rows).end)
             for chunk in range(num_chunks)
             for node in self._backward
             if (num_rows := len(routes.incoming_in(node, chunk)))
         ]
-        sends.reverse()  # the next one is the last
-        largest = min(request.chunks.num_tokens, int(routes.num_tokens.max()))
+        largest = spread.sections(min(routes.num_chunk_tokens, int(routes.num_tokens.max())))
         depth = request.chunks.num_in_flight
-        window = Window(spread.sections(largest).end, depth, depth)
+        window = Window(largest.end, depth, depth)
         with self._link.transfer("dispatch: rows", window, receives) as transfer:
+
+            def send_next() -> None:
+                chunk, _, node = sends.popleft()
+                spread.send(transfer, node, chunk)
 
             def pump() -> None:
                 while sends and transfer.can_send():
-                    spread.send(transfer, *sends.pop())
+                    send_next()
 
             for chunk in range(num_chunks):
-                for node in (own, *self._backward):
+                for k, node in enumerate((own, *self._backward)):
                     if chunk >= routes.num_chunks[node]:
                         continue
+                    # NOTE: while it waits in its node a rank sends nothing, so what the same round
+                    # of another node waits for is sent before: else nodes could wait in a circle.
+                    while sends and sends[0][:2] <= (chunk, k):
+                        send_next()
                     pump()
-                    num_rows = len(routes.incoming_in(node, chunk))
-                    if node == own:
-                        tokens = routes.tokens(int(routes.num_tokens[topology.rank]), chunk)
-                        spread.spread(node, chunk, spread.own_part(tokens))
-                    elif num_rows:
+                    num_rows = len(routes.incoming_in(node, chunk)) if node != own else 0
+                    if num_rows:
                         slot = transfer.receive(pump)
                         spread.spread(node, chunk, spread.part_in(slot, num_rows))
                         transfer.release()
                     else:
-                        spread.spread(node, chunk, spread.own_part(slice(0)))
+                        spread.spread(node, chunk, spread.own_part(node, chunk))
             while sends:
-                transfer.next_send_slot()
-                pump()
+                send_next()
 
     # --- combine -------------------------------------------------------------------------------
 
@@ -401,6 +410,7 @@ class RailsEngine:
             "hidden": data.shape[1],
             "dtype": DTYPE_INDEX[data.dtype],
             "num_topk": _NO_DTYPE if weights is None else weights.shape[1],
+            "num_in_flight": request.chunks.num_in_flight,
         }
         with self._calling(_COMBINE):
             self._agree(_COMBINE, values)
@@ -571,8 +581,11 @@ class _Spread:
 
     # --- what is spread ------------------------------------------------------------------------
 
-    def own_part(self, tokens: slice) -> Arrays:
-        """Return this rank's own rows."""
+    def own_part(self, node: int, chunk: int) -> Arrays:
+        """Return this rank's own rows of a chunk; of another node, no rows."""
+        tokens = slice(0)
+        if node == self._topology.node:
+            tokens = self._routes.tokens(len(self._inputs["data"]), chunk)
         part = {name: array[tokens] for name, array in self._inputs.items()}
         if "topk_idx" in part:
             part["topk_idx"] = self._in_node(self._topology.node, part["topk_idx"])

@@ -61,6 +61,7 @@ def chunks_of_any_size(check: Checker) -> None:
     buffer.chunk_config = config_of(32, 4)
     sent = calls.check_dispatch(check, buffer, MANY, 0)
     buffer.chunk_config = config_of(7, 1)  # the chunks are the handle's
+    calls.check_repeated(check, buffer, MANY, 0, sent)
     calls.check_combine(check, buffer, MANY, 0, sent)
     buffer.destroy()
 
@@ -122,6 +123,9 @@ def every_rank_raises_alike(check: Checker) -> None:
         config = config_of(8 if is_odd else 16, 2)
         message = error_of(check, dispatch(config=config), RankMismatch)
         check.holds("num_chunk_tokens" in message, "message", message)
+        config = config_of(16, 1 if is_odd else 2)
+        message = error_of(check, dispatch(config=config), RankMismatch)
+        check.holds("num_in_flight" in message, "message", message)
         alignment = 2 if is_odd else 1
         message = error_of(check, dispatch(expert_alignment=alignment), RankMismatch)
         check.holds(f"rank {check.size - 1}: 2" in message, "message", message)
