@@ -59,12 +59,19 @@ class Board:
         num_counts: Counts that a header has room for.
         shm_dir: See `HostSlabs`.
         timeout_s: Deadline of every wait, in seconds.
+        names: What errors call the ranks, where these are some of a larger group.
     """
 
     def __init__(
-        self, group: Group, num_counts: int, shm_dir: str | None, timeout_s: float
+        self,
+        group: Group,
+        num_counts: int,
+        shm_dir: str | None,
+        timeout_s: float,
+        names: Sequence[int] | None = None,
     ) -> None:
         self._group = group
+        self._names = tuple(range(group.size) if names is None else names)
         self._timeout_s = timeout_s
         self._num_words = 2 + _NUM_VALUES + num_counts
         width = _NUM_CELLS + _NUM_SLOTS * self._num_words
@@ -133,19 +140,7 @@ class Board:
             return  # every rank is masked, this one included
         if (headers[here, 0] != self._round).any():
             self._raise_lost(call.name)
-        for column, name in enumerate(("call", *call.agreed), start=1):
-            seen = headers[here, column]
-            if (seen != seen[0]).any():
-                shown = ", ".join(
-                    f"rank {rank}: {_shown(name, value)}"
-                    for rank, value in zip(here[:16], seen, strict=False)
-                )
-                # The message is the same on every rank, so it cannot begin with its own call.
-                where, what = ("Buffer", "arguments") if name == "call" else (call.name, name)
-                raise RankMismatch(
-                    f"{where}: ranks disagree on {name} ({shown}). Every rank must make the "
-                    f"same call with the same {what}. Nothing was sent."
-                )
+        check_agreement(call, [self._names[rank] for rank in here], headers[here, 1:])
 
     def check_in_step(self, name: str) -> None:
         """Raise TransportError where others, which masked this rank, are two calls ahead.
@@ -200,14 +195,12 @@ class Board:
             CommTimeout: Ranks are missing, or a peer gave up; all later waits fail as well.
         """
         column = self._cells[:, cell]
-        failed = self._cells[:, FAILED]
         began = time.perf_counter()
         seen = np.zeros(self._group.size, bool)
 
         def is_ready() -> bool:
             self._group.check()
-            if failed.any():
-                self._raise_failed(phase)
+            self.check_failed(phase)
             here = (column >= value) | self.masked
             if waited_us is not None:
                 waited_us[here & ~seen] += round((time.perf_counter() - began) * 1e6)
@@ -220,25 +213,65 @@ class Board:
         if on_missing is not None:
             on_missing(missing)
             return
-        # Peers that wait, and those that come later, read this and fail too.
-        self.post(FAILED, missing[0] + 1)
-        raise CommTimeout(phase, self._group.rank, missing, self._timeout_s)
+        named = [self._names[rank] for rank in missing]
+        self.fail(named[0])
+        raise CommTimeout(phase, self._names[self._group.rank], named, self._timeout_s)
+
+    def fail(self, missed: int) -> None:
+        """Make all ranks' waits, and all later ones, fail: this rank gave up waiting for another.
+
+        Args:
+            missed: The rank that was waited for, by its name.
+        """
+        self.post(FAILED, missed + 1)
+
+    def check_failed(self, phase: str) -> None:
+        """Raise what `wait` would if a rank has failed."""
+        if self._cells[:, FAILED].any():
+            self._raise_failed(phase)
 
     def _raise_failed(self, phase: str) -> None:
-        who = int(np.flatnonzero(self._cells[:, FAILED])[0])
-        missed = int(self._cells[who, FAILED]) - 1
-        if who == self._group.rank:
+        failed = int(np.flatnonzero(self._cells[:, FAILED])[0])
+        missed = int(self._cells[failed, FAILED]) - 1
+        who, me = self._names[failed], self._names[self._group.rank]
+        if who == me:
             raise TransportError(
                 f"{phase}: an earlier call on this Buffer timed out waiting for rank {missed}. "
                 "Destroy this Buffer on every rank and make a new one."
             )
-        if missed == self._group.rank:
+        if missed == me:
             raise TransportError(
                 f"{phase}: rank {who} gave up waiting for rank {missed}, this one, which came too "
                 "late. Destroy this Buffer on every rank and make a new one."
             )
         detail = f"rank {who} gave up waiting for rank {missed}, so this rank ends too"
-        raise CommTimeout(phase, self._group.rank, [missed], self._timeout_s, detail)
+        raise CommTimeout(phase, me, [missed], self._timeout_s, detail)
+
+
+def check_agreement(call: Call, ranks: Sequence[int], headers: Words) -> None:
+    """Hold ranks to the same call and the same agreed values.
+
+    Args:
+        call: This rank's.
+        ranks: The ranks whose headers these are.
+        headers: ``[len(ranks), ...]``: the call's code, then its values.
+
+    Raises:
+        RankMismatch: Ranks differ; all raise the same.
+    """
+    for column, name in enumerate(("call", *call.agreed)):
+        seen = headers[:, column]
+        if (seen != seen[0]).any():
+            shown = ", ".join(
+                f"rank {rank}: {_shown(name, value)}"
+                for rank, value in zip(ranks[:16], seen, strict=False)
+            )
+            # The message is the same on every rank, so it cannot begin with its own call.
+            where, what = ("Buffer", "arguments") if name == "call" else (call.name, name)
+            raise RankMismatch(
+                f"{where}: ranks disagree on {name} ({shown}). Every rank must make the "
+                f"same call with the same {what}. Nothing was sent."
+            )
 
 
 CALLS: dict[int, Call] = {}

@@ -15,13 +15,16 @@ from epcomm.arguments import Place, view_of
 from epcomm.arrays import CPU, ArrayView, Device, packed_strides
 from epcomm.config import Config, check_num_sms
 from epcomm.engines.base import (
+    DEFAULT_CHUNKS,
     Allocate,
+    Chunks,
     CombineRequest,
     DispatchRequest,
     Engine,
     StreamOrder,
 )
 from epcomm.engines.host import HostEngine
+from epcomm.engines.rails import GRACE_S, RailsEngine
 from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
 from epcomm.events import EventHandle, EventOverlap
 from epcomm.frameworks import Framework, framework_of, framework_of_dtype
@@ -29,6 +32,7 @@ from epcomm.gpus import find_num_gpus, has_bulk_copies
 from epcomm.group import Group, as_group
 from epcomm.handle import DispatchHandle
 from epcomm.low_latency import LowLatencyCalls
+from epcomm.topology import Topology
 
 _buffer_ids = itertools.count(1)
 
@@ -45,7 +49,9 @@ class Buffer(LowLatencyCalls):
             `run_threads`.
         num_nvl_bytes: Bytes a rank to reserve for dispatch and combine, see
             `Config.get_nvl_buffer_size_hint`; 0 reserves at the first calls. Grows when too small.
-        num_rdma_bytes: The same for low-latency calls, see `get_low_latency_rdma_size_hint`.
+        num_rdma_bytes: The same for low-latency calls, see `get_low_latency_rdma_size_hint`; and
+            where the group spans nodes, for rows on their way between them, see
+            `Config.get_rdma_buffer_size_hint`.
         low_latency_mode: Kept as an attribute; low-latency calls work either way.
         num_qps_per_rank: Not used.
         allow_nvlink_for_low_latency_mode: Not used.
@@ -132,6 +138,8 @@ class Buffer(LowLatencyCalls):
     ) -> Engine:
         if name == "host":
             self._place = Place(CPU, ranks.size)
+            if self._topology.num_nodes > 1:
+                return self._make_rails(ranks, settings)
             return HostEngine(
                 ranks,
                 self._topology,
@@ -155,6 +163,29 @@ class Buffer(LowLatencyCalls):
             device=device,
             num_bytes=self.num_nvl_bytes,
             num_sms=lambda: Buffer.num_sms,
+            timeout_s=self.timeout_s,
+            buffer_id=self.id,
+        )
+
+    def _make_rails(self, ranks: Group, settings: env.Settings) -> Engine:
+        def make_engine(node_group: Group, names: Sequence[int]) -> HostEngine:
+            return HostEngine(
+                node_group,
+                Topology(node_group.rank, (0,) * node_group.size),
+                num_bytes=self.num_nvl_bytes,
+                num_low_latency_bytes=0,
+                shm_dir=settings.shm_dir,
+                timeout_s=self.timeout_s + GRACE_S,
+                can_mask=False,
+                buffer_id=self.id,
+                names=names,
+            )
+
+        return RailsEngine(
+            ranks,
+            self._topology,
+            make_engine,
+            num_bytes=self.num_rdma_bytes,
             timeout_s=self.timeout_s,
             buffer_id=self.id,
         )
@@ -340,7 +371,7 @@ class Buffer(LowLatencyCalls):
                 of such data of one byte an element and ``[num_tokens, num_scales]`` f32 or i32.
             handle: An earlier dispatch whose routes are taken again; then no layout and no choices.
             num_tokens_per_rank: From `get_dispatch_layout`, as the three that follow.
-            num_tokens_per_rdma_rank: Not used inside one node.
+            num_tokens_per_rdma_rank: Not used: the other arrays tell it.
             is_token_in_rank: See above.
             num_tokens_per_expert: See above.
             topk_idx: ``[num_tokens, num_topk]`` choices that travel along, with their weights.
@@ -399,6 +430,7 @@ class Buffer(LowLatencyCalls):
                 num_worst_tokens=num_rows,
                 num_sms=config.num_sms if config else None,
                 allocate=self._allocate(framework, order),
+                chunks=_chunks_of(config),
             )
             result = engine.dispatch(request)
             event = self._end(framework, order, (inputs, result))
@@ -472,6 +504,7 @@ class Buffer(LowLatencyCalls):
                 handle=known,
                 num_sms=config.num_sms if config else None,
                 allocate=self._allocate(framework, order),
+                chunks=_chunks_of(config),
             )
             result = engine.combine(request)
             event = self._end(framework, order, (inputs, known, result))
@@ -570,6 +603,12 @@ def _check_config(config: Any) -> None:
         raise InvalidArgument(
             f"config is a {type(config).__name__}; pass an epcomm.Config or None."
         )
+
+
+def _chunks_of(config: Config | None) -> Chunks:
+    if config is None:
+        return DEFAULT_CHUNKS
+    return Chunks(config.num_max_rdma_chunked_recv_tokens, config.num_max_rdma_chunked_send_tokens)
 
 
 def _finish(framework: Framework, data: ArrayView, scales: ArrayView | None) -> Any:

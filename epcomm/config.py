@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from numbers import Integral
 
+from epcomm import env
 from epcomm.errors import InvalidArgument
 
 #: Tokens a rank that the size hints assume.
@@ -12,20 +13,26 @@ DEFAULT_MAX_TOKENS = 4096
 #: What a token carries beside its row: 128 choices (8-byte id, 4-byte weight), and a flag a rank.
 _TOPK_BYTES = 128 * 12
 _FIXED_BYTES = 1 << 20
+_MESSAGE_BYTES = 1 << 10
+#: Ranks that a node is taken to have where nothing tells.
+_MAX_RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class Config:
     """Tuning numbers of dispatch and combine.
 
-    Only ``num_sms`` means something here; the ring sizes are taken for compatibility.
+    Between nodes rows cross in chunks, and the two ``rdma`` numbers say how; pass the same ones on
+    every rank. The ``nvl`` numbers are taken for compatibility.
 
     Attributes:
         num_sms: Multiprocessors of a GPU that a call may use: even, at least 2.
         num_max_nvl_chunked_send_tokens: Not used.
         num_max_nvl_chunked_recv_tokens: Not used.
-        num_max_rdma_chunked_send_tokens: Not used.
-        num_max_rdma_chunked_recv_tokens: Not used.
+        num_max_rdma_chunked_send_tokens: Messages, each the rows of one chunk for one node, that a
+            rank has under way between nodes each way. The name is the one of V1, where they are
+            tokens.
+        num_max_rdma_chunked_recv_tokens: Tokens of a chunk: what a rank sends to a node at a time.
     """
 
     num_sms: int = 20
@@ -36,6 +43,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_num_sms(self.num_sms)
+        _check_sizes(
+            num_max_rdma_chunked_send_tokens=self.num_max_rdma_chunked_send_tokens,
+            num_max_rdma_chunked_recv_tokens=self.num_max_rdma_chunked_recv_tokens,
+        )
 
     def get_nvl_buffer_size_hint(
         self, hidden_bytes: int, num_ranks: int, *, num_max_tokens: int = DEFAULT_MAX_TOKENS
@@ -58,9 +69,27 @@ class Config:
     def get_rdma_buffer_size_hint(
         self, hidden_bytes: int, num_ranks: int, *, num_max_tokens: int = DEFAULT_MAX_TOKENS
     ) -> int:
-        """Return the bytes needed between nodes: 0, all ranks being in one node."""
+        """Return the bytes with which a rank's staging memory between nodes never has to grow.
+
+        0 where the ranks fit in one node: EPCOMM_RANKS_PER_NODE of them, else 8. Otherwise the
+        messages under way: dispatch has so many each way, and combine holds in addition those of
+        one chunk from every other node.
+
+        Args:
+            hidden_bytes: Bytes of one row, scales included.
+            num_ranks: Ranks of the group.
+            num_max_tokens: Most tokens that a rank passes in one call.
+        """
         _check_sizes(hidden_bytes=hidden_bytes, num_ranks=num_ranks, num_max_tokens=num_max_tokens)
-        return 0
+        ranks_per_node = env.settings().ranks_per_node or _MAX_RANKS_PER_NODE
+        num_others = -(-num_ranks // ranks_per_node) - 1
+        if num_others == 0:
+            return 0
+        num_rows = min(self.num_max_rdma_chunked_recv_tokens, num_max_tokens) + 1
+        num_messages = 2 * self.num_max_rdma_chunked_send_tokens + num_others
+        rows_bytes = num_messages * (num_rows * (hidden_bytes + _TOPK_BYTES) + _MESSAGE_BYTES)
+        # Before the rows, where they go crosses: a flag a rank of a node and token.
+        return max(rows_bytes, 2 * num_others * (ranks_per_node * num_max_tokens + _FIXED_BYTES))
 
 
 def check_num_sms(num_sms: int) -> None:

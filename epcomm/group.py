@@ -307,6 +307,18 @@ class MpiGroup:
     def check(self) -> None:
         """Nothing to look at: MPI itself ends the ranks whose peers die."""
 
+    def send(self, memory: Any, rank: int) -> Any:
+        """Begin to send memory to a rank of this group; return mpi4py's request.
+
+        Messages of one pair arrive in the order in which they were begun. They share a tag with
+        the exchanges above: a group is used for one or the other.
+        """
+        return self._private.comm.Isend(memory, dest=self._ranks[rank], tag=self._tag)
+
+    def receive(self, memory: Any, rank: int) -> Any:
+        """Begin to receive a message of a rank of this group; return mpi4py's request."""
+        return self._private.comm.Irecv(memory, source=self._ranks[rank], tag=self._tag)
+
 
 class _PrivateComm:
     """epcomm's duplicate of a communicator, kept with it, and what its groups share."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epcomm.env import Settings
-from epcomm.errors import RankMismatch
+from epcomm.errors import RankMismatch, UnsupportedConfig
 from epcomm.group import Group
 
 
@@ -37,6 +37,25 @@ class Topology:
     def ranks_of(self, node: int) -> tuple[int, ...]:
         """Return the ranks of a node, ascending."""
         return tuple(rank for rank, other in enumerate(self.node_of_rank) if other == node)
+
+    def rail(self) -> tuple[int, ...]:
+        """Return, by node, the rank that has this rank's index there.
+
+        Raises:
+            UnsupportedConfig: Some nodes have more ranks than others.
+        """
+        nodes = [self.ranks_of(node) for node in range(self.num_nodes)]
+        odd = [node for node, ranks in enumerate(nodes) if len(ranks) != len(nodes[0])]
+        if odd:
+            shown = ", ".join(
+                f"node {node} has {len(nodes[node])} {nodes[node]}" for node in (0, *odd[:8])
+            )
+            raise UnsupportedConfig(
+                f"nodes have different numbers of ranks: {shown}. Rows cross between ranks of the "
+                "same index in their nodes, so all nodes must have as many: start as many on each."
+            )
+        index = nodes[self.node].index(self.rank)
+        return tuple(ranks[index] for ranks in nodes)
 
     def split_by_node(self, group: Group) -> Group:
         """Return the group of this rank's node. Collective."""

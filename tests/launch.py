@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,6 +76,9 @@ def run_ranks(
     timeout_s: float = 120.0,
     env: Mapping[str, str] | None = None,
     check: bool = True,
+    outlives_s: float = 0.0,
+    prefix: Sequence[str] = (),
+    mpiexec_options: Sequence[str] = (),
 ) -> Result:
     """Run tests/ranks/<program>.py on ``num_ranks`` ranks.
 
@@ -88,6 +91,10 @@ def run_ranks(
         env: Variables to set on top of the cleaned environment.
         check: Whether to fail unless the launch exits with 0 and every rank printed the success
             mark exactly once.
+        outlives_s: If above 0, mpiexec sees the end of each rank so much later: ranks that are
+            killed do not take the others with them.
+        prefix: A command that runs mpiexec.
+        mpiexec_options: Further options of mpiexec.
 
     Raises:
         AssertionError: ``check`` failed, or (whatever ``check`` says) the deadline passed; the
@@ -100,8 +107,10 @@ def run_ranks(
         raise FileNotFoundError("no mpiexec beside this Python or on PATH; pip install mpich")
     path = ROOT / "tests" / "ranks" / f"{program}.py"
     options, mpi_env = _open_mpi_needs(mpiexec)
-    command = [mpiexec, *options, "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(path)]
-    command += map(str, args)
+    command = [*prefix, mpiexec, *options, *mpiexec_options, "-n", str(num_ranks)]
+    if outlives_s:
+        command += ["sh", "-c", f'"$@"; sleep {outlives_s}', "sh"]
+    command += [sys.executable, "-m", "mpi4py", str(path), *map(str, args)]
     result = _run(command, _clean_environment() | mpi_env | dict(env or {}), timeout_s)
     if result.timed_out:
         raise AssertionError(str(result))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -17,6 +17,21 @@ from epcomm.handle import DispatchHandle
 #: Makes memory for an output in the caller's framework: (shape, dtype) -> writable view.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], ArrayView]
 
+
+@dataclass(frozen=True)
+class Chunks:
+    """How rows cross between nodes.
+
+    Attributes:
+        num_tokens: Tokens of a rank that cross at a time, one message for each other node.
+        num_in_flight: Messages that a rank has under way, each way.
+    """
+
+    num_tokens: int
+    num_in_flight: int
+
+
+DEFAULT_CHUNKS = Chunks(num_tokens=256, num_in_flight=6)
 
 #: Most choices a token may have in a low-latency call.
 MAX_LOW_LATENCY_TOPK = 32
@@ -66,6 +81,23 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class DispatchInto:
+    """Where a dispatch writes that is a part of a larger one.
+
+    Attributes:
+        data: Rows of the larger one; the rest as in `DispatchResult`.
+        scales: See above.
+        topk: See above.
+        first_rows: For each source rank, the row where this part of its rows begins.
+    """
+
+    data: ArrayView
+    scales: ArrayView | None
+    topk: TopK | None
+    first_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class DispatchRequest:
     """A checked dispatch.
 
@@ -79,6 +111,8 @@ class DispatchRequest:
         num_worst_tokens: Rows of the output, or 0 for as many as arrive.
         num_sms: Multiprocessors to use; None takes the default.
         allocate: Makes the outputs.
+        chunks: How rows cross between nodes.
+        into: Where to write in place of allocating, for a part of a larger dispatch; or None.
     """
 
     data: ArrayView
@@ -90,6 +124,8 @@ class DispatchRequest:
     num_worst_tokens: int
     num_sms: int | None
     allocate: Allocate
+    chunks: Chunks = DEFAULT_CHUNKS
+    into: DispatchInto | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +138,7 @@ class DispatchResult:
         topk: Local expert ids and weights of the received rows, or None.
         num_recv_tokens_per_expert: Pairs a local expert; empty with ``num_worst_tokens``.
         handle: The record for combine.
+        num_recv_tokens_per_source: Rows that arrived from each rank, where the host knows.
     """
 
     data: ArrayView
@@ -109,6 +146,22 @@ class DispatchResult:
     topk: TopK | None
     num_recv_tokens_per_expert: list[int]
     handle: DispatchHandle
+    num_recv_tokens_per_source: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class FurtherRows:
+    """Rows that a combine adds after those of its own ranks.
+
+    Attributes:
+        data: ``[n + 1, hidden]`` of the rows' dtype; the last is the spare row of minus zeros.
+        topk_weights: ``[n + 1, num_topk] f32``, or None.
+        slots: ``[num_tokens] int64`` row of each token, n where it has none.
+    """
+
+    data: np.ndarray[Any, Any]
+    topk_weights: np.ndarray[Any, Any] | None
+    slots: np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -122,6 +175,11 @@ class CombineRequest:
         handle: The dispatch that is undone.
         num_sms: Multiprocessors to use; None takes the default.
         allocate: Makes the outputs.
+        chunks: How rows cross between nodes.
+        into: Outputs to write in place of allocating; or None.
+        first_rows: Where each source rank's rows begin in ``data``, as in `DispatchInto`; None
+            where they lie one after the other.
+        further: Rows to add after those of the ranks, before the one rounding.
     """
 
     data: ArrayView
@@ -130,6 +188,10 @@ class CombineRequest:
     handle: DispatchHandle
     num_sms: int | None
     allocate: Allocate
+    chunks: Chunks = DEFAULT_CHUNKS
+    into: CombineResult | None = None
+    first_rows: tuple[int, ...] | None = None
+    further: Sequence[FurtherRows] = ()
 
 
 @dataclass(frozen=True)
@@ -327,4 +389,19 @@ class Engine(Protocol):
         Args:
             is_collective: Whether all ranks close now. If not, nobody is waited for.
         """
+        ...
+
+
+class NodeEngine(Engine, Protocol):
+    """An engine of one node's ranks of a larger group; it takes parts of larger calls.
+
+    That is, requests with ``into``, ``first_rows`` and ``further``.
+    """
+
+    def fail(self, missed: int) -> None:
+        """Make the calls of all ranks of the node fail: this rank gave up waiting for another."""
+        ...
+
+    def check_failed(self, phase: str) -> None:
+        """Raise CommTimeout or TransportError if a rank of the node has failed."""
         ...

@@ -6,6 +6,7 @@ rows' final positions: one stage copy and one memcpy a row. Also the oracle of t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from epcomm.engines.base import (
     Allocate,
     CombineRequest,
     CombineResult,
+    DispatchInto,
     DispatchRequest,
     DispatchResult,
     LayoutViews,
@@ -82,6 +84,7 @@ class HostEngine:
         timeout_s: Deadline of every wait, in seconds.
         can_mask: Whether low-latency calls mask ranks that do not answer.
         buffer_id: Marks the handles of this engine's Buffer.
+        names: What errors call the ranks, where these are some of a larger group.
     """
 
     name = "host"
@@ -96,6 +99,7 @@ class HostEngine:
         timeout_s: float,
         can_mask: bool,
         buffer_id: int,
+        names: Sequence[int] | None = None,
     ) -> None:
         if topology.num_nodes > 1:
             raise UnsupportedConfig(
@@ -110,7 +114,7 @@ class HostEngine:
         self._buffer_id = buffer_id
         self._num_dispatches = 0
         self._scratch = Scratch()
-        self._board = Board(group, group.size, shm_dir, timeout_s)
+        self._board = Board(group, group.size, shm_dir, timeout_s, names)
         self._slabs = HostSlabs(group, [num_bytes] * group.size, shm_dir, timeout_s)
         self._low_latency = HostLowLatency(
             group, self._board, num_low_latency_bytes, shm_dir, timeout_s, can_mask, self._scratch
@@ -138,22 +142,7 @@ class HostEngine:
 
     def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
         """See `Engine.make_layout`."""
-        idx = topk_idx.numpy()
-        _check_expert_ids(idx, num_experts)
-        made = routing.make_layout(idx, num_experts, self._topology.node_of_rank)
-
-        def give(array: npt.NDArray[Any]) -> ArrayView:
-            view = allocate(array.shape, array.dtype)
-            view.numpy()[...] = array
-            return view
-
-        per_node = give(made.num_tokens_per_node) if self._topology.num_nodes > 1 else None
-        return LayoutViews(
-            num_tokens_per_rank=give(made.num_tokens_per_rank),
-            num_tokens_per_node=per_node,
-            num_tokens_per_expert=give(made.num_tokens_per_expert),
-            is_token_in_rank=give(made.is_token_in_rank),
-        )
+        return make_layout(topk_idx, num_experts, self._topology, allocate)
 
     # --- dispatch ------------------------------------------------------------------------------
 
@@ -166,10 +155,12 @@ class HostEngine:
         mask = layout.is_token_in_rank.numpy()
         per_rank = layout.num_tokens_per_rank.numpy()
         per_expert = layout.num_tokens_per_expert.numpy()
-        _check_layout(mask, per_rank, per_expert, request.topk)
+        check_layout(mask, per_rank, per_expert, request.topk)
+        if request.into is None:  # a part's counts are those of the whole
+            check_pairs(request.topk, per_expert)
         topk = request.topk
         values = {
-            **_row_values(request),
+            **row_values(request),
             "num_topk": topk.idx.shape[1] if topk else 0,
             "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
             "num_experts": len(per_expert),
@@ -178,7 +169,7 @@ class HostEngine:
             "num_worst_tokens": request.num_worst_tokens,
         }
         said, counts = self._board.agree(_DISPATCH, values, per_rank.astype(np.int64))
-        _check_worst_tokens(counts.sum(axis=0), said["num_worst_tokens"])
+        check_worst_tokens(counts.sum(axis=0), said["num_worst_tokens"])
         staged = self._stage_dispatch(request, said["num_tokens"], mask, per_expert)
         me = self._group.rank
         source_tokens = tuple(
@@ -196,23 +187,24 @@ class HostEngine:
             num_recv_tokens=num_recv_tokens,
             routing=record,
         )
-        data, scales = self._gather(request, handle, staged)
+        out = self._gather(request, handle, staged, len(per_expert))
         return DispatchResult(
-            data=data,
-            scales=scales,
-            topk=self._gather_topk(request, handle, staged, len(per_expert)),
+            data=out.data,
+            scales=out.scales,
+            topk=out.topk,
             num_recv_tokens_per_expert=[]
             if request.num_worst_tokens
             else self._count_experts(staged, len(per_expert), request.expert_alignment),
             handle=handle,
+            num_recv_tokens_per_source=tuple(counts[:, me].tolist()),
         )
 
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
-        values = {**_row_values(request), "handle": handle.serial}
+        values = {**row_values(request), "handle": handle.serial}
         self._board.agree(_DISPATCH_AGAIN, values)
         staged = self._stage_dispatch(request, handle.routing.num_staged, None, None)
-        data, scales = self._gather(request, handle, staged)
-        return DispatchResult(data, scales, None, [], handle)
+        out = self._gather(request, handle, staged, 0)
+        return DispatchResult(out.data, out.scales, None, [], handle)
 
     def _stage_dispatch(
         self,
@@ -259,57 +251,54 @@ class HostEngine:
         return _Routing(counts, source_tokens, slots, num_staged)
 
     def _gather(
-        self, request: DispatchRequest, handle: DispatchHandle, staged: Sequence[Sections]
-    ) -> tuple[ArrayView, ArrayView | None]:
-        num_rows = handle.num_recv_rows
-        data = request.allocate((num_rows, request.data.shape[1]), request.data.dtype)
-        self._gather_part("data", data.numpy(), handle, staged)
-        if request.scales is None:
-            return data, None
-        scales = request.allocate((num_rows, request.scales.shape[1]), request.scales.dtype)
-        self._gather_part("scales", scales.numpy(), handle, staged)
-        return data, scales
-
-    def _gather_part(
-        self,
-        name: str,
-        out: npt.NDArray[Any],
-        handle: DispatchHandle,
-        staged: Sequence[Sections],
-    ) -> None:
-        """Gather one staged array's rows from all sources to their final positions."""
-        out_rows = as_rows(out)
-        begin = 0
-        sources = zip(staged, self._slabs.views, handle.routing.source_tokens, strict=True)
-        for sections, slab, tokens in sources:
-            end = begin + len(tokens)
-            gather_rows(as_rows(sections.view(slab, name)), tokens, out_rows[begin:end])
-            begin = end
-
-    def _gather_topk(
         self,
         request: DispatchRequest,
         handle: DispatchHandle,
         staged: Sequence[Sections],
         num_experts: int,
-    ) -> TopK | None:
-        if request.topk is None:
-            return None
-        shape = (handle.num_recv_rows, request.topk.idx.shape[1])
-        idx_view = request.allocate(shape, request.topk.idx.dtype)
-        weights_view = request.allocate(shape, request.topk.weights.dtype)
-        idx, weights = idx_view.numpy(), weights_view.numpy()
-        self._gather_part("topk_idx", idx, handle, staged)
-        self._gather_part("topk_weights", weights, handle, staged)
-        arrived = handle.num_recv_tokens
-        idx[arrived:] = -1
+    ) -> DispatchInto:
+        """Gather all that was staged for this rank; return where it lies."""
+        out = request.into or _allocate_outputs(request, handle)
+        self._gather_part("data", out.data, out, handle, staged)
+        if out.scales is not None:
+            self._gather_part("scales", out.scales, out, handle, staged)
+        if out.topk is not None:
+            self._gather_part("topk_idx", out.topk.idx, out, handle, staged)
+            self._gather_part("topk_weights", out.topk.weights, out, handle, staged)
+            self._make_local(out.topk, out, handle, num_experts)
+            if request.into is None:
+                out.topk.idx.numpy()[handle.num_recv_tokens :] = -1
+        return out
+
+    def _gather_part(
+        self,
+        name: str,
+        out: ArrayView,
+        into: DispatchInto,
+        handle: DispatchHandle,
+        staged: Sequence[Sections],
+    ) -> None:
+        """Gather one staged array's rows from all sources to their final positions."""
+        out_rows = as_rows(out.numpy())
+        tokens_of = handle.routing.source_tokens
+        sources = zip(staged, self._slabs.views, tokens_of, into.first_rows, strict=True)
+        for sections, slab, tokens, begin in sources:
+            end = begin + len(tokens)
+            gather_rows(as_rows(sections.view(slab, name)), tokens, out_rows[begin:end])
+
+    def _make_local(
+        self, topk: TopK, into: DispatchInto, handle: DispatchHandle, num_experts: int
+    ) -> None:
+        """Make the choices of received rows local ones."""
+        idx, weights = topk.idx.numpy(), topk.weights.numpy()
         num_local = num_experts // self._group.size
-        local = idx[:arrived]
-        local -= self._group.rank * num_local
-        elsewhere = (local < 0) | (local >= num_local)
-        local[elsewhere] = -1
-        weights[:arrived][elsewhere] = 0.0
-        return TopK(idx_view, weights_view)
+        for begin, tokens in zip(into.first_rows, handle.routing.source_tokens, strict=True):
+            end = begin + len(tokens)
+            local = idx[begin:end]
+            local -= self._group.rank * num_local
+            elsewhere = (local < 0) | (local >= num_local)
+            local[elsewhere] = -1
+            weights[begin:end][elsewhere] = 0.0
 
     def _count_experts(
         self, staged: Sequence[Sections], num_experts: int, alignment: int
@@ -337,26 +326,29 @@ class HostEngine:
             "num_topk": _NO_DTYPE if weights is None else weights.shape[1],
         }
         self._board.agree(_COMBINE, values)
-        num_arrived = record.counts.sum(axis=0)
-        staged = self._stage_combine(data, weights, num_arrived)
-        num_tokens = request.handle.num_tokens
-        out = request.allocate((num_tokens, data.shape[1]), data.dtype)
+        staged = self._stage_combine(data, weights, record.counts, request.first_rows)
         biases = [bias.numpy() for bias in request.biases]
-        out_weights = None
-        if weights is not None:
-            out_weights = request.allocate((num_tokens, weights.shape[1]), weights.dtype)
+        out = request.into or _allocate_sums(request)
+        slots = [*record.slots, *(further.slots for further in request.further)]
         # Infinities and NaNs are the caller's own values, as on a GPU: no warnings.
         with np.errstate(all="ignore"):
-            self._sum("data", staged, record.slots, biases, out.numpy())
-            if out_weights is not None:
-                self._sum("weights", staged, record.slots, [], out_weights.numpy())
-        return CombineResult(out, out_weights)
+            rows = self._staged_rows("data", staged)
+            rows += [as_rows(further.data) for further in request.further]
+            self._sum(rows, slots, biases, out.data.numpy())
+            if out.topk_weights is not None:
+                rows = self._staged_rows("weights", staged)
+                for further in request.further:
+                    assert further.topk_weights is not None  # all rows have weights, or none
+                    rows.append(as_rows(further.topk_weights))
+                self._sum(rows, slots, [], out.topk_weights.numpy())
+        return out
 
     def _stage_combine(
         self,
         data: npt.NDArray[Any],
         weights: npt.NDArray[Any] | None,
-        num_arrived: routing.Ints,
+        counts: routing.Ints,
+        first_rows: tuple[int, ...] | None,
     ) -> list[Sections]:
         """Copy this rank's rows into its slab, and after the last a spare row of minus zeros."""
         parts = {"data": data} if weights is None else {"data": data, "weights": weights}
@@ -364,33 +356,38 @@ class HostEngine:
             Sections(
                 {name: ((count + 1, part.shape[1]), part.dtype) for name, part in parts.items()}
             )
-            for count in num_arrived.tolist()
+            for count in counts.sum(axis=0).tolist()
         ]
         self._grow([sections.end for sections in staged])
         me = self._group.rank
-        arrived = int(num_arrived[me])
+        ends = [0, *np.cumsum(counts[:, me]).tolist()]
         for name, part in parts.items():
             rows = staged[me].view(self._slabs.views[me], name)
-            np.copyto(rows[:arrived], part[:arrived])
+            if first_rows is None:
+                np.copyto(rows[: ends[-1]], part[: ends[-1]])
+            else:
+                for first, (begin, end) in zip(first_rows, itertools.pairwise(ends), strict=True):
+                    np.copyto(rows[begin:end], part[first : first + end - begin])
             # NOTE: x + -0.0 is x for every x, 0.0 and -0.0 included; 0.0 would not do.
-            rows[arrived] = -0.0
+            rows[ends[-1]] = -0.0
         self._board.post_staged()
         self._board.wait_staged("combine: staged rows")
         return staged
 
-    def _sum(
-        self,
-        name: str,
-        staged: Sequence[Sections],
-        slots: routing.Ints,
-        biases: Sequence[npt.NDArray[Any]],
-        out: npt.NDArray[Any],
-    ) -> None:
-        """Sum the ranks' rows of each token in fp32, rank ascending from the biases; round once."""
-        sources = [
+    def _staged_rows(self, name: str, staged: Sequence[Sections]) -> list[npt.NDArray[Any]]:
+        return [
             as_rows(sections.view(slab, name))
             for sections, slab in zip(staged, self._slabs.views, strict=True)
         ]
+
+    def _sum(
+        self,
+        sources: Sequence[npt.NDArray[Any]],
+        slots: Sequence[routing.Ints],
+        biases: Sequence[npt.NDArray[Any]],
+        out: npt.NDArray[Any],
+    ) -> None:
+        """Sum the sources' rows of each token in fp32, in order from the biases; round once."""
         num_tokens, width = out.shape
         chunk = max(1, _CHUNK_BYTES // (4 * width))
         sums = self._scratch.take("sums", (chunk, width), np.dtype(np.float32))
@@ -450,12 +447,65 @@ class HostEngine:
         """See `Engine.set_masked`."""
         self._board.masked[rank] = is_masked
 
+    def fail(self, missed: int) -> None:
+        """See `NodeEngine.fail`."""
+        self._board.fail(missed)
+
+    def check_failed(self, phase: str) -> None:
+        """See `NodeEngine.check_failed`."""
+        self._board.check_failed(phase)
+
     def close(self, is_collective: bool) -> None:
         """See `Engine.close`."""
         self._board.close()
         self._slabs.close()
         self._low_latency.close()
         self._scratch.clear()
+
+
+def make_layout(
+    topk_idx: ArrayView, num_experts: int, topology: Topology, allocate: Allocate
+) -> LayoutViews:
+    """Count where one rank's tokens go."""
+    idx = topk_idx.numpy()
+    _check_expert_ids(idx, num_experts)
+    made = routing.make_layout(idx, num_experts, topology.node_of_rank)
+
+    def give(array: npt.NDArray[Any]) -> ArrayView:
+        view = allocate(array.shape, array.dtype)
+        view.numpy()[...] = array
+        return view
+
+    per_node = give(made.num_tokens_per_node) if topology.num_nodes > 1 else None
+    return LayoutViews(
+        num_tokens_per_rank=give(made.num_tokens_per_rank),
+        num_tokens_per_node=per_node,
+        num_tokens_per_expert=give(made.num_tokens_per_expert),
+        is_token_in_rank=give(made.is_token_in_rank),
+    )
+
+
+def _allocate_outputs(request: DispatchRequest, handle: DispatchHandle) -> DispatchInto:
+    """Make the outputs of a dispatch; the sources' rows lie one after the other."""
+
+    def make(source: ArrayView) -> ArrayView:
+        return request.allocate((handle.num_recv_rows, source.shape[1]), source.dtype)
+
+    num_tokens = [len(tokens) for tokens in handle.routing.source_tokens]
+    return DispatchInto(
+        data=make(request.data),
+        scales=make(request.scales) if request.scales else None,
+        topk=TopK(make(request.topk.idx), make(request.topk.weights)) if request.topk else None,
+        first_rows=(0, *itertools.accumulate(num_tokens[:-1])),
+    )
+
+
+def _allocate_sums(request: CombineRequest) -> CombineResult:
+    def make(source: ArrayView) -> ArrayView:
+        return request.allocate((request.handle.num_tokens, source.shape[1]), source.dtype)
+
+    weights = request.topk_weights
+    return CombineResult(make(request.data), None if weights is None else make(weights))
 
 
 def _add(total: npt.NDArray[np.float32], part: npt.NDArray[Any], is_first: bool) -> None:
@@ -466,7 +516,8 @@ def _add(total: npt.NDArray[np.float32], part: npt.NDArray[Any], is_first: bool)
         np.add(total, part, out=total)
 
 
-def _row_values(request: DispatchRequest) -> dict[str, int]:
+def row_values(request: DispatchRequest) -> dict[str, int]:
+    """Return what all ranks must agree on of a dispatch's rows."""
     scales = request.scales
     return {
         "hidden": request.data.shape[1],
@@ -484,22 +535,28 @@ def _check_expert_ids(idx: npt.NDArray[Any], num_experts: int) -> None:
         )
 
 
-def _check_layout(
+def check_layout(
     mask: routing.Bools,
     per_rank: npt.NDArray[np.int32],
     per_expert: npt.NDArray[np.int32],
     topk: TopK | None,
 ) -> None:
+    """Raise InvalidArgument unless layout arrays and choices fit each other."""
     true_counts = mask.sum(axis=0)
     if (true_counts != per_rank).any():
         raise InvalidArgument(
             f"num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank has "
             f"{true_counts.tolist()} tokens a rank; pass both from one get_dispatch_layout."
         )
+    if topk is not None:
+        _check_expert_ids(topk.idx.numpy(), len(per_expert))
+
+
+def check_pairs(topk: TopK | None, per_expert: npt.NDArray[np.int32]) -> None:
+    """Raise InvalidArgument unless choices are those that a layout was made of."""
     if topk is None:
         return
     idx = topk.idx.numpy()
-    _check_expert_ids(idx, len(per_expert))
     pairs = np.bincount(idx[idx >= 0], minlength=len(per_expert))
     wrong = np.flatnonzero(pairs != per_expert)
     if len(wrong):
@@ -510,8 +567,11 @@ def _check_layout(
         )
 
 
-def _check_worst_tokens(arriving: routing.Ints, num_worst_tokens: routing.Ints) -> None:
-    """All ranks see all numbers, so all raise alike and nothing is sent."""
+def check_worst_tokens(arriving: routing.Ints, num_worst_tokens: routing.Ints) -> None:
+    """Raise InvalidArgument if more rows arrive at some rank than it has room for.
+
+    All ranks see all numbers, so all raise alike and nothing is sent.
+    """
     over = np.flatnonzero((num_worst_tokens > 0) & (arriving > num_worst_tokens))
     if len(over):
         rank = int(over[0])

@@ -45,9 +45,28 @@ def test_set_num_sms() -> None:
     assert Buffer.num_sms == before == 20
 
 
-def test_nothing_is_needed_between_nodes() -> None:
+def test_nothing_is_needed_between_nodes_where_there_is_one() -> None:
     assert Config().get_rdma_buffer_size_hint(4096, 8) == 0
     assert Config().get_rdma_buffer_size_hint(4096, 8, num_max_tokens=1) == 0
+
+
+def test_hint_between_nodes_is_that_of_the_messages_under_way() -> None:
+    hint = Config().get_rdma_buffer_size_hint
+    of_chunk = Config().num_max_rdma_chunked_recv_tokens * 14336
+    depth = Config().num_max_rdma_chunked_send_tokens
+    assert 2 * depth * of_chunk < hint(14336, 16) < 3 * depth * of_chunk
+    # However many tokens there are; fewer than a chunk need less.
+    few, many = (hint(14336, 16, num_max_tokens=tokens) for tokens in (16, 1024))
+    assert few < many == hint(14336, 16)
+    assert hint(14336, 16) < hint(14336, 64) < 2 * hint(14336, 512)
+    small = Config(num_max_rdma_chunked_send_tokens=2, num_max_rdma_chunked_recv_tokens=32)
+    assert 10 * small.get_rdma_buffer_size_hint(14336, 16) < hint(14336, 16)
+
+
+@pytest.mark.parametrize("name", ["send", "recv"])
+def test_chunks_have_tokens(name: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"rdma_chunked_{name}_tokens is 0; it must be"):
+        Config(**{f"num_max_rdma_chunked_{name}_tokens": 0})
 
 
 def test_hint_assumes_4096_tokens() -> None:

@@ -83,6 +83,20 @@ def test_hosts_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "spans 3 nodes (0, 1, 2)" in message
 
 
+def test_rail() -> None:
+    hosts = ["a", "b", "a", "c", "b", "c"]
+    assert [from_hosts(rank, hosts, [None] * 6).rail() for rank in range(6)] == [
+        *((0, 1, 3), (0, 1, 3), (2, 4, 5), (0, 1, 3), (2, 4, 5), (2, 4, 5)),
+    ]
+
+
+def test_nodes_of_different_numbers_of_ranks_are_refused() -> None:
+    with pytest.raises(UnsupportedConfig) as caught:
+        from_hosts(0, ["a"] * 7, [3] * 7).rail()
+    assert "node 0 has 3 (0, 1, 2), node 2 has 1 (6,)" in str(caught.value)
+    assert "start as many on each" in str(caught.value)
+
+
 def test_split_by_node() -> None:
     def fn(group: Any) -> tuple[int, int, int]:
         node = from_hosts(group.rank, ["a"] * 5, [2] * 5)
@@ -94,7 +108,9 @@ def test_split_by_node() -> None:
     assert run_threads(fn, 5) == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2), (2, 0, 1)]
 
 
-def test_several_nodes_are_refused_and_one_buffer_a_node_works(ranks_per_node: Any) -> None:
+def test_threads_of_several_nodes_are_refused_and_one_buffer_a_node_works(
+    ranks_per_node: Any,
+) -> None:
     ranks_per_node("2")
 
     def fn(group: Any) -> str:
@@ -109,8 +125,8 @@ def test_several_nodes_are_refused_and_one_buffer_a_node_works(ranks_per_node: A
 
     (message,) = set(run_threads(fn, 4))
     assert "the group spans 2 nodes (0, 0, 1, 1)" in message
-    assert "the host engine moves rows inside one" in message
-    assert "Use one Buffer a node" in message
+    assert "rows cross between nodes by MPI, which a ThreadGroup is not" in message
+    assert "Pass an mpi4py communicator; or use one Buffer a node" in message
     assert "unset EPCOMM_RANKS_PER_NODE" in message
 
 

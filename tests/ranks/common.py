@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import oracle
 from frames import FRAMES, NumpyFrame, poisoned_outputs
 
 from epcomm import Buffer, as_group
@@ -49,6 +50,10 @@ class Checker:
         self.ranks = as_group(group)
         self.rank, self.size = self.ranks.rank, self.ranks.size
         self.frame, self.engine = frame, engine
+        ranks_per_node = int(os.environ.get("EPCOMM_RANKS_PER_NODE") or self.size)
+        #: Node of each rank.
+        self.nodes = [rank // ranks_per_node for rank in range(self.size)]
+        self.num_nodes = self.nodes[-1] + 1
         #: What is being tested, for messages.
         self.case = ""
         self._outputs = hashlib.sha256()
@@ -83,6 +88,18 @@ class Checker:
         slab[...] = 0xFF
         self.frame.synchronize()
         self.ranks.barrier(timeout_s=TIMEOUT_S)
+
+    def combined(
+        self,
+        rows_by_rank: Sequence[Array],
+        topk_idx: Array,
+        num_experts: int,
+        biases: Sequence[Array] = (),
+    ) -> Array:
+        """Return what combine must give for this rank's tokens, see `oracle.combine`."""
+        return oracle.combine(
+            rows_by_rank, topk_idx, num_experts, biases, nodes=self.nodes, me=self.rank
+        )
 
     # --- inputs --------------------------------------------------------------------------------
 

@@ -121,8 +121,11 @@ def size_hint_is_enough(check: Checker) -> None:
             )
             for get in (Buffer.get_dispatch_config, Buffer.get_combine_config)
         )
-        check.equal("rdma hint", Config().get_rdma_buffer_size_hint(hidden_bytes, check.size), 0)
-        with check.buffer(max(dispatch, combine)) as buffer:
+        between_nodes = Config().get_rdma_buffer_size_hint(
+            hidden_bytes, check.size, num_max_tokens=max(case.num_tokens)
+        )
+        check.holds((between_nodes == 0) == (check.num_nodes == 1), "rdma hint", between_nodes)
+        with check.buffer(max(dispatch, combine), between_nodes) as buffer:
             said, size = repr(buffer), size_of(buffer)
             sent = calls.check_dispatch(check, buffer, case, 0)
             calls.check_combine(check, buffer, case, 0, sent)
@@ -232,7 +235,7 @@ def outputs_are_the_caller_s(check: Checker) -> None:
         calls.check_combine(check, buffer, case, 1, sent)
         check.poison_slabs(buffer)
         calls.check_rows(check, recv_x, everyone, origins, len(origins))
-        want = oracle.combine([mine.x] * check.size, mine.topk_idx, num_experts)
+        want = check.combined([mine.x] * check.size, mine.topk_idx, num_experts)
         check.array("combined_x", combined_x, want, any_nan=True)
         want = np.where(mine.topk_idx >= 0, mine.topk_weights, np.float32(0.0))
         check.array("combined_topk_weights", combined_weights, want)

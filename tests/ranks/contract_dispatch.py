@@ -222,8 +222,11 @@ def check_layout(check: Checker, buffer: Buffer, topk_idx: Any, num_experts: int
     *arrays, event = buffer.get_dispatch_layout(topk_idx, num_experts)
     event.current_stream_wait()
     per_rank, per_node, per_expert, in_rank = arrays
-    want = oracle.layout(check.frame.numpy(topk_idx), num_experts, check.size)
-    check.equal("num_tokens_per_rdma_rank", per_node, None)
+    want = oracle.layout(check.frame.numpy(topk_idx), num_experts, check.size, check.nodes)
+    if check.num_nodes == 1:
+        check.equal("num_tokens_per_rdma_rank", per_node, None)
+    else:
+        check.array("num_tokens_per_rdma_rank", per_node, want.num_tokens_per_node)
     check.array("num_tokens_per_rank", per_rank, want.num_tokens_per_rank)
     check.array("num_tokens_per_expert", per_expert, want.num_tokens_per_expert)
     check.array("is_token_in_rank", in_rank, want.is_token_in_rank)
@@ -372,7 +375,7 @@ def check_combine(
     )
     event.current_stream_wait()
     by_rank = [experts_result(case, round_, rank, mine.base) for rank in range(check.size)]
-    want = oracle.combine(by_rank, mine.topk_idx, num_experts, mine.biases)
+    want = check.combined(by_rank, mine.topk_idx, num_experts, mine.biases)
     check.array("combined_x", combined_x, want, any_nan=True)
     if has_weights:
         # Each choice has its weight on one rank and 0.0 on the others.

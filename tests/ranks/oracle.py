@@ -43,26 +43,34 @@ def round_to(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> Array:
 
 @dataclass(frozen=True)
 class Layout:
-    """See `Buffer.get_dispatch_layout`; nodes left out."""
+    """See `Buffer.get_dispatch_layout`."""
 
     num_tokens_per_rank: Array
+    num_tokens_per_node: Array
     num_tokens_per_expert: Array
     is_token_in_rank: Array
 
 
-def layout(topk_idx: Array, num_experts: int, num_ranks: int) -> Layout:
-    """Count the tokens of one rank."""
+def layout(
+    topk_idx: Array, num_experts: int, num_ranks: int, nodes: Sequence[int] | None = None
+) -> Layout:
+    """Count the tokens of one rank; nodes: of each rank, one node where None."""
+    nodes = nodes or [0] * num_ranks
     per_rank = np.zeros(num_ranks, np.int32)
+    per_node = np.zeros(max(nodes) + 1, np.int32)
     per_expert = np.zeros(num_experts, np.int32)
     in_rank = np.zeros((len(topk_idx), num_ranks), bool)
     for token, choices in enumerate(topk_idx.tolist()):
-        for rank in ranks_of(choices, num_experts // num_ranks):
+        holders = ranks_of(choices, num_experts // num_ranks)
+        for rank in holders:
             per_rank[rank] += 1
             in_rank[token, rank] = True
+        for node in {nodes[rank] for rank in holders}:
+            per_node[node] += 1
         for expert in choices:
             if expert >= 0:
                 per_expert[expert] += 1
-    return Layout(per_rank, per_expert, in_rank)
+    return Layout(per_rank, per_node, per_expert, in_rank)
 
 
 def arrivals(topk_by_rank: Sequence[Array], num_experts: int, me: int) -> list[Origin]:
@@ -116,8 +124,13 @@ def combine(
     topk_idx: Array,
     num_experts: int,
     biases: Sequence[Array] = (),
+    *,
+    nodes: Sequence[int] | None = None,
+    me: int = 0,
 ) -> Array:
     """Sum the ranks' rows of each of one rank's tokens.
+
+    The rank's own node adds to the biases; then come the other nodes' sums, each rounded once.
 
     Args:
         rows_by_rank: ``[num_tokens, width]`` what each rank has for each of these tokens; where a
@@ -125,8 +138,11 @@ def combine(
         topk_idx: The tokens' choices.
         num_experts: Experts over all ranks.
         biases: Up to two, ``[num_tokens, width]``.
+        nodes: Node of each rank; one node where None.
+        me: The rank whose tokens these are.
     """
     dtype, num_local = rows_by_rank[0].dtype, num_experts // len(rows_by_rank)
+    nodes = nodes or [0] * len(rows_by_rank)
     totals = np.zeros(rows_by_rank[0].shape, np.float32)
     with np.errstate(all="ignore"):
         for token, choices in enumerate(topk_idx.tolist()):
@@ -134,8 +150,16 @@ def combine(
                 totals[token] = biases[0][token].astype(np.float32)
             for bias in biases[1:]:
                 totals[token] = totals[token] + bias[token].astype(np.float32)
-            for rank in ranks_of(choices, num_local):
-                totals[token] = totals[token] + rows_by_rank[rank][token].astype(np.float32)
+            holders = ranks_of(choices, num_local)
+            for rank in holders:
+                if nodes[rank] == nodes[me]:
+                    totals[token] = totals[token] + rows_by_rank[rank][token].astype(np.float32)
+            for node in sorted({nodes[rank] for rank in holders} - {nodes[me]}):
+                share = np.zeros(totals.shape[1], np.float32)
+                for rank in holders:
+                    if nodes[rank] == node:
+                        share = share + rows_by_rank[rank][token].astype(np.float32)
+                totals[token] = totals[token] + round_to(share, dtype).astype(np.float32)
         return round_to(totals, dtype)
 
 

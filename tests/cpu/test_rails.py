@@ -1,0 +1,75 @@
+"""Between nodes: the call contract, chunks of any size, and nodes that are late or gone.
+
+One host is split into nodes with EPCOMM_RANKS_PER_NODE; then nodes share no slab, and their rows
+cross by MPI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from launch import Result
+
+Mpiexec = Callable[..., Result]
+
+#: Ranks, and how many of them count as a node.
+NODES = [(4, 2), (4, 1), (6, 3), (6, 2), (8, 4)]
+PROGRAMS = ("contract_dispatch", "contract_buffers", "contract_training")
+
+
+def between_nodes(
+    mpiexec: Mpiexec, program: str, num_ranks: int, ranks_per_node: int, *args: Any, **options: Any
+) -> Result:
+    env = {"EPCOMM_RANKS_PER_NODE": str(ranks_per_node)}
+    return mpiexec(program, num_ranks, *args, env=env, **options)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), NODES)
+def test_contract(mpiexec: Mpiexec, program: str, num_ranks: int, ranks_per_node: int) -> None:
+    between_nodes(mpiexec, program, num_ranks, ranks_per_node)
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, 1), (3, 1), (4, 2), (6, 3)])
+def test_chunks_and_traffic(mpiexec: Mpiexec, num_ranks: int, ranks_per_node: int) -> None:
+    between_nodes(mpiexec, "contract_rails", num_ranks, ranks_per_node)
+
+
+def test_ranks_of_nodes_in_turn(mpiexec: Mpiexec) -> None:
+    mpiexec("contract_rails", 4)
+
+
+@pytest.mark.parametrize("place", ["routes", "rows", "sums"])
+def test_slow_node_is_waited_for(mpiexec: Mpiexec, place: str) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 2, "slow", place, timeout_s=30)
+
+
+@pytest.mark.parametrize("place", ["routes", "rows", "sums"])
+def test_stuck_node_ends_the_others(mpiexec: Mpiexec, place: str) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 2, "stuck", place, timeout_s=30)
+
+
+@pytest.mark.parametrize("who", ["node", "rank"])
+def test_absent_ranks_are_named(mpiexec: Mpiexec, who: str) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 2, "absent", who, timeout_s=30)
+
+
+@pytest.mark.parametrize("place", ["routes", "rows", "sums"])
+def test_killed_node_ends_the_others(mpiexec: Mpiexec, place: str) -> None:
+    result = between_nodes(
+        *(mpiexec, "rails_fail", 4, 2, "killed", place),
+        timeout_s=30,
+        check=False,
+        outlives_s=5,
+    )
+    assert result.ok_ranks() == [0, 1], result
+
+
+def test_unequal_nodes_are_refused(mpiexec: Mpiexec) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 3, "unequal", timeout_s=30)
+
+
+def test_low_latency_calls_are_refused(mpiexec: Mpiexec) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 2, "refused", timeout_s=30)
