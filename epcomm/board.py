@@ -119,12 +119,12 @@ class Board:
                 f"{call.name}: rank(s) {ranks} are masked, and only low-latency calls go on "
                 "without a rank. Unmask them if they are back, or make a Buffer of those left."
             )
-        self._round += 1
-        slot = self._round % _NUM_SLOTS
         names = call.agreed + call.own
+        words = np.array([self._round + 1, call.code, *(values[name] for name in names)], np.int64)
+        self._round += 1  # only now: what could fail on this rank alone lies behind
+        slot = self._round % _NUM_SLOTS
         header = self._headers[self._group.rank, slot]
-        header[:2] = self._round, call.code
-        header[2 : 2 + len(names)] = [values[name] for name in names]
+        header[: len(words)] = words
         if counts is not None:
             header[2 + _NUM_VALUES : 2 + _NUM_VALUES + len(counts)] = counts
         self.post(ARRIVED, self._round)
@@ -279,6 +279,10 @@ CALLS: dict[int, Call] = {}
 
 def define_call(name: str, agreed: tuple[str, ...], own: tuple[str, ...] = ()) -> Call:
     """Make a `Call` with a code of its own; while modules load, so alike on every rank."""
+    if len(agreed + own) > _NUM_VALUES:
+        raise ValueError(
+            f"{name} has {len(agreed + own)} values, headers have room for {_NUM_VALUES}"
+        )
     call = Call(len(CALLS) + 1, name, agreed, own)
     CALLS[call.code] = call
     return call
