@@ -157,6 +157,82 @@ COMBINE = np.dtype(
     align=True,
 )
 
+#: Device memory of one rank's low-latency calls; masks first.
+LOW_LATENCY_STATE = np.dtype(
+    [
+        ("is_masked", np.uint32, (MAX_RANKS,)),
+        ("epoch", np.uint32),
+        ("num_finished_blocks", np.uint32),
+        ("has_failed", np.uint32),
+        ("padding", np.uint32),
+        ("slot_epoch", np.uint32, (2,)),
+        ("slot_masked", np.uint32, (2,)),
+        ("waited_us", np.uint32, (MAX_RANKS,)),
+        ("verdicts", np.uint64, (MAX_RANKS,)),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_SHAPE = np.dtype(
+    [
+        (name, np.uint32)
+        for name in (
+            *("kind", "num_max_tokens", "hidden", "num_experts", "num_topk", "format"),
+            *("num_tokens", "num_parts"),
+        )
+    ],
+    align=True,
+)
+
+LOW_LATENCY_CALL = np.dtype(
+    [
+        ("base", _PTR, (MAX_RANKS,)),
+        ("rows_bytes", np.uint64),
+        ("shape", LOW_LATENCY_SHAPE),
+        ("state", _PTR),
+        ("record", _PTR),
+        ("ticket", _PTR),
+        ("wait_stats", _PTR),
+        ("timeout_ns", np.uint64),
+        ("rank", np.uint32),
+        ("phases", np.uint32),
+        ("can_mask", np.uint32),
+        ("padding", np.uint32),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_DISPATCH = np.dtype(
+    [
+        ("call", LOW_LATENCY_CALL),
+        ("rows", _PTR),
+        ("topk_idx", _PTR),
+        ("recv_rows", _PTR),
+        ("recv_scales", _PTR),
+        ("recv_count", _PTR),
+        ("src_info", _PTR),
+        ("layout_range", _PTR),
+        ("recv_stats", _PTR),
+        ("is_64_bit", np.uint32),
+        ("num_scales", np.uint32),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_COMBINE = np.dtype(
+    [
+        ("call", LOW_LATENCY_CALL),
+        ("rows", _PTR),
+        ("topk_idx", _PTR),
+        ("topk_weights", _PTR),
+        ("layout_range", _PTR),
+        ("out", _PTR),
+        ("is_64_bit", np.uint32),
+        ("padding", np.uint32),
+    ],
+    align=True,
+)
+
 
 @cache
 def _packer(dtype: np.dtype[Any]) -> struct.Struct:
