@@ -215,7 +215,7 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
 }
 
 // Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
-__device__ inline void sum_part(const LowLatencyCombineParams& params, const comm::Round& round,
+__device__ __noinline__ void sum_part(const LowLatencyCombineParams& params, const comm::Round& round,
                                 u32 item) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
@@ -270,7 +270,7 @@ struct Sources {
 
 // Waits for what sources say of their calls. By all threads; false, to all of them, where the call
 // may not go on.
-__device__ inline bool find_sources(const comm::LowLatencyCall& call, const comm::Round& round,
+__device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call, const comm::Round& round,
                                     Sources* sources) {
   if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
   __syncthreads();

@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -19,6 +18,7 @@ from emulator.__main__ import FOUND
 from emulator.build import EmulatorError, Toolchain, pointer
 from emulator.cases import CASES, WATCHED_CASES, Case, Inputs, make_inputs, run_case, run_round
 from emulator.faults import FAULTS, Fault
+from emulator.low_latency import WATCHED_CASES as WATCHED_LOW_LATENCY_CASES
 from emulator.world import Handle, Rank, World
 from ranks import oracle
 
@@ -31,31 +31,11 @@ TESTS = Path(__file__).resolve().parents[1]
 RACE = 66
 #: ThreadSanitizer wants memory where it expects it.
 FIXED_ADDRESSES = ("setarch", "--addr-no-randomize")
-#: How long compiled kernels are kept.
-KEPT_S = 24 * 3600
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64",
     reason="the emulator's fibers need g++ and an x86-64 processor",
 )
-
-
-@pytest.fixture(scope="session")
-def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder where compiled kernels stay from run to run."""
-    if pytestconfig.cache is None:
-        return tmp_path_factory.mktemp("emulator")
-    folder = Path(pytestconfig.cache.mkdir("emulator"))
-    for library in folder.glob("*.so"):
-        if time.time() - library.stat().st_mtime > KEPT_S:
-            library.unlink()
-    return folder
-
-
-@pytest.fixture(scope="session")
-def toolchain(cache: Path) -> Toolchain:
-    """Return what compiles and launches kernels."""
-    return Toolchain(cache)
 
 
 # --- right results -----------------------------------------------------------------------------
@@ -242,10 +222,12 @@ def skip_without_thread_sanitizer() -> None:
         pytest.skip(why_no_thread_sanitizer())
 
 
-@pytest.mark.parametrize("case", WATCHED_CASES, ids=lambda case: case.name)
-def test_thread_sanitizer_finds_no_race(case: Case, cache: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [case.name for case in (*WATCHED_CASES, *WATCHED_LOW_LATENCY_CASES)]
+)
+def test_thread_sanitizer_finds_no_race(name: str, cache: Path) -> None:
     skip_without_thread_sanitizer()
-    done = run_program(case.name, cache, is_watched=True)
+    done = run_program(name, cache, is_watched=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
