@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from epcomm.engines.base import MAX_LOW_LATENCY_TOPK, LowLatencyShape
 from epcomm.errors import UnsupportedConfig
 
 MAX_RANKS = 8
@@ -26,9 +27,8 @@ AGREED = (
     "num_experts",
     "expert_alignment",
 )
-#: Most tokens a rank and choices a token of low-latency calls.
+#: Most tokens a rank of low-latency calls.
 MAX_LOW_LATENCY_TOKENS = 1024
-MAX_LOW_LATENCY_TOPK = 32
 #: Words of a low-latency call's header in which all ranks must agree, by name and in order.
 LOW_LATENCY_AGREED = (
     "call",
@@ -36,7 +36,7 @@ LOW_LATENCY_AGREED = (
     "hidden",
     "num_experts",
     "num_topk",
-    "format",
+    "fp8_format or combine_precision",
 )
 #: Warps of a block of dispatch that stage; as many tokens share a flag.
 NUM_STAGE_WARPS = 16
@@ -213,17 +213,22 @@ def low_latency_constants(num_ranks: int) -> dict[str, int]:
     }
 
 
-def low_latency_rows_bytes(num_lines: int, num_max_tokens: int, row_bytes: int) -> int:
-    """Return the bytes that a slot's rows need.
+def low_latency_rows_bytes(shape: LowLatencyShape, num_lines: int) -> int:
+    """Return the bytes that a slot's rows need, as bf16: fp8 rows with their scales are shorter.
 
     Args:
+        shape: Of the call.
         num_lines: Ranks, or the choices of a token where every expert's row crosses.
-        num_max_tokens: Most tokens of a rank.
-        row_bytes: Bytes of the longest row.
     """
-    return _round_up(num_lines * num_max_tokens * row_bytes)
+    return _round_up(num_lines * shape.num_max_tokens * shape.hidden * 2)
+
+
+def low_latency_region_bytes(shape: LowLatencyShape) -> int:
+    """Return the bytes of both slots' rows with which calls of a shape never have to grow."""
+    lines = max(shape.num_ranks, min(MAX_LOW_LATENCY_TOPK, shape.num_experts))
+    return 2 * low_latency_rows_bytes(shape, lines)
 
 
 def low_latency_slab_bytes(num_ranks: int, rows_bytes: int) -> int:
     """Return the bytes of a low-latency slab whose slots have so many bytes for rows."""
-    return low_latency_rows_offset(num_ranks) + 2 * rows_bytes
+    return low_latency_rows_offset(num_ranks) + 2 * _round_up(rows_bytes)

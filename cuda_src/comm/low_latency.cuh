@@ -52,9 +52,8 @@ struct LowLatencyShape {
 static_assert(sizeof(LowLatencyShape) == slab::kLowLatencyHeaderWords * sizeof(u32),
               "the header of a call");
 
-// Device memory of one rank that its own kernels touch; the host sets and reads masks.
+// Device memory of one rank that only its own kernels touch.
 struct LowLatencyState {
-  u32 is_masked[kMaxRanks];
   u32 epoch;
   u32 num_finished_blocks;
   u32 has_failed;
@@ -70,6 +69,7 @@ struct LowLatencyCall {
   LowLatencyShape shape;
   LowLatencyState* state;
   FailureRecord* record;
+  u32* masks;       // [kNumRanks] not 0 for a masked peer; the host sets and reads them, too
   u32* ticket;      // null where one kernel does both
   i64* wait_stats;  // [kNumRanks] or null
   u64 timeout_ns;
@@ -113,11 +113,11 @@ __device__ __forceinline__ u32 num_recv_rows(const LowLatencyCall& call) {
 enum class Outcome : u32 { kArrived, kMissing, kFailed };
 
 __device__ __forceinline__ bool is_masked(const LowLatencyCall& call, u32 peer) {
-  return peer != call.rank && *static_cast<volatile u32*>(&call.state->is_masked[peer]) != 0;
+  return peer != call.rank && *static_cast<volatile u32*>(&call.masks[peer]) != 0;
 }
 
 __device__ __forceinline__ void mask(const LowLatencyCall& call, u32 peer) {
-  atomicExch(&call.state->is_masked[peer], 1u);
+  atomicExch(&call.masks[peer], 1u);
 }
 
 __device__ inline void note_waited(const LowLatencyCall& call, Phase phase, u32 peer, u64 start) {
@@ -194,8 +194,7 @@ __device__ inline Outcome await_part(const LowLatencyCall& call, const Round& ro
   u32 outcome = 0;
   if (lane_index() == 0) {
     const u32* flag = slab::flags(call.slabs, call.rank, round.slot, line) + item;
-    outcome =
-        static_cast<u32>(await(call, kLowLatencyRows, peer, round.epoch, flag).outcome);
+    outcome = static_cast<u32>(await(call, kLowLatencyRows, peer, round.epoch, flag).outcome);
   }
   outcome = __shfl_sync(kFullWarp, outcome, 0);
   __syncwarp();  // a shuffle orders no memory: what one lane acquired, all will read
@@ -225,8 +224,7 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
       const bool got_last = ((state.slot_masked[slot] >> peer) & 1) == 0;
       if (sends && got_last && !leaves_out) {
         const u32* cell = slab::received_cell(call.slabs, call.rank, slot, peer);
-        const Outcome outcome =
-            await(call, kReceived, peer, state.slot_epoch[slot], cell).outcome;
+        const Outcome outcome = await(call, kReceived, peer, state.slot_epoch[slot], cell).outcome;
         is_good = outcome != Outcome::kFailed;
         leaves_out = outcome == Outcome::kMissing;
         if (leaves_out) mask(call, peer);
@@ -289,7 +287,8 @@ __device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_id
 // Tells every peer what this call is and what its tokens choose; a block a peer. weights: null in
 // dispatch.
 __device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round& round,
-                                   const void* topk_idx, u32 is_64_bit, const float* weights) {
+                                         const void* topk_idx, u32 is_64_bit,
+                                         const float* weights) {
   const LowLatencyShape& shape = call.shape;
   const u32 lane = lane_index();
   // The last blocks, as they have the fewest rows to send.
@@ -308,8 +307,7 @@ __device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round
       u64* entry = table + index * slab::kEntryWords;
       ptx::st_relaxed_sys_u64(entry, cell_of(round.epoch, static_cast<u32>(expert)));
       if (weights != nullptr) {
-        ptx::st_relaxed_sys_u64(entry + 1,
-                                cell_of(round.epoch, ptx::as_bits(weights[index])));
+        ptx::st_relaxed_sys_u64(entry + 1, cell_of(round.epoch, ptx::as_bits(weights[index])));
       }
     }
   }
@@ -334,8 +332,7 @@ __device__ inline void read_headers(const LowLatencyCall& call, const Round& rou
     const u32 source = i / kWords;
     u32 word = 0;
     if ((sources >> source) & 1) {
-      const u64* cell =
-          slab::header_cells(call.slabs, call.rank, round.slot, source) + i % kWords;
+      const u64* cell = slab::header_cells(call.slabs, call.rank, round.slot, source) + i % kWords;
       const Awaited awaited = await(call, kLowLatencyTables, source, round.epoch, cell);
       note(arrivals, source, awaited.outcome);
       word = awaited.word;
@@ -373,8 +370,8 @@ __device__ inline bool headers_agree(const LowLatencyCall& call, u32 sources,
 //   use(i, expert, weight)     is called for each that arrives
 template <bool kHasWeights, typename PlaceOf, typename Use>
 __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const Round& round,
-                                             u32 begin, u32 end, Arrivals* arrivals,
-                                             PlaceOf place, Use use) {
+                                             u32 begin, u32 end, Arrivals* arrivals, PlaceOf place,
+                                             Use use) {
   constexpr u32 kUnroll = 4, kWords = kHasWeights ? 2 : 1;
   for (u32 first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
     u64 found[kUnroll][kWords];
@@ -486,8 +483,7 @@ __device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round
   __syncthreads();
   if (warp_index() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
     for (u32 token = 0; token < end - begin; ++token) {
-      place_choices(chunk->choices + token * num_topk, num_topk, spans,
-                    chunk->num_choices + token);
+      place_choices(chunk->choices + token * num_topk, num_topk, spans, chunk->num_choices + token);
     }
   }
   __syncthreads();

@@ -1,7 +1,8 @@
 // Brings experts' rows back to their tokens' ranks and sums them, weighted.
 //
 // In:   rows [local experts, num_recv_rows, hidden] bf16 and layout_range from dispatch; choices
-//       [num_tokens, num_topk] i32 or i64, weights [num_tokens, num_topk] f32 of this rank's tokens.
+//       [num_tokens, num_topk] i32 or i64, weights [num_tokens, num_topk] f32 of this rank's
+//       tokens.
 // Out:  sums [num_tokens, hidden] bf16; waiting times are added to wait_stats.
 // Grid: at most as many blocks as fit at once, of kNumGroups groups of kGroupWarps warps.
 //
@@ -57,8 +58,7 @@ struct Sums {
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
       value[2 * i] = ptx::add_rn_f32(value[2 * i], ptx::as_float(v.word[i] << 16));
-      value[2 * i + 1] =
-          ptx::add_rn_f32(value[2 * i + 1], ptx::as_float(v.word[i] & 0xffff0000u));
+      value[2 * i + 1] = ptx::add_rn_f32(value[2 * i + 1], ptx::as_float(v.word[i] & 0xffff0000u));
     }
   }
 
@@ -168,8 +168,7 @@ __device__ inline void send_part(const LowLatencyCombineParams& params, const co
   } else {
     for (u32 i = 0; i < part.num_choices; ++i) {
       const comm::Choice& choice = part.choices[i];
-      send_row(params, part, choice,
-               slot_row(params, round, part.source, choice.k, part.token));
+      send_row(params, part, choice, slot_row(params, round, part.source, choice.k, part.token));
     }
   }
   comm::group_barrier();
@@ -215,8 +214,8 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
 }
 
 // Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
-__device__ __noinline__ void sum_part(const LowLatencyCombineParams& params, const comm::Round& round,
-                                u32 item) {
+__device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
+                                      const comm::Round& round, u32 item) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
   const Line line = own_line(params, round, token);
@@ -270,8 +269,8 @@ struct Sources {
 
 // Waits for what sources say of their calls. By all threads; false, to all of them, where the call
 // may not go on.
-__device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call, const comm::Round& round,
-                                    Sources* sources) {
+__device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call,
+                                          const comm::Round& round, Sources* sources) {
   if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
   __syncthreads();
   comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals);
@@ -286,7 +285,7 @@ __device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call, cons
 
 }  // namespace epcomm
 
-extern "C" __global__ void __launch_bounds__(kGroupWarps* kNumGroups * 32, 1)
+extern "C" __global__ void __launch_bounds__(kGroupWarps * kNumGroups * 32, 1)
     epcomm_low_latency_combine(const __grid_constant__ epcomm::LowLatencyCombineParams params) {
   using namespace epcomm;
   extern __shared__ __align__(128) u8 shared_memory[];  // Span[local experts]

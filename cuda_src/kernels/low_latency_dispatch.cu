@@ -49,8 +49,7 @@ __device__ __forceinline__ u32 slot_row_bytes(const LowLatencyDispatchParams& pa
 
 // Where a source's row lies in a rank's slot.
 __device__ __forceinline__ u8* slot_row(const LowLatencyDispatchParams& params,
-                                        const comm::Round& round, u32 rank, u32 source,
-                                        u32 token) {
+                                        const comm::Round& round, u32 rank, u32 source, u32 token) {
   const u64 index = source * params.call.shape.num_max_tokens + token;
   return slab::rows(params.call.slabs, rank, round.slot) + index * slot_row_bytes(params);
 }
@@ -138,8 +137,7 @@ __device__ inline void send_part(const LowLatencyDispatchParams& params, const c
   constexpr u32 kUnroll = 2;
   const u32 row_bytes = data_bytes(params), me = params.call.rank;
   const u8* row = params.rows + u64(token) * params.call.shape.hidden * 2;
-  const comm::Granules granules =
-      comm::granules_of(row_bytes, part, params.call.shape.num_parts);
+  const comm::Granules granules = comm::granules_of(row_bytes, part, params.call.shape.num_parts);
   for (u32 first = granules.begin + comm::warp_in_group(); first < granules.end;
        first += kUnroll * kGroupWarps) {
     Loaded loaded[kUnroll] = {};
@@ -167,8 +165,7 @@ __device__ inline void send_part(const LowLatencyDispatchParams& params, const c
 }
 
 // Sends all rows of this rank. By all threads.
-__device__ inline void send_rows(const LowLatencyDispatchParams& params,
-                                 const comm::Round& round) {
+__device__ inline void send_rows(const LowLatencyDispatchParams& params, const comm::Round& round) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, num_items = call.shape.num_tokens * num_parts;
   for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
@@ -179,8 +176,8 @@ __device__ inline void send_rows(const LowLatencyDispatchParams& params,
     send_part(params, round, token, item % num_parts, ranks);
     comm::group_barrier();
     if (comm::warp_in_group() == 0 && lane_index() < kNumRanks && (ranks >> lane_index()) & 1) {
-      ptx::st_release_sys_u32(
-          slab::flags(call.slabs, lane_index(), round.slot, call.rank) + item, round.epoch);
+      ptx::st_release_sys_u32(slab::flags(call.slabs, lane_index(), round.slot, call.rank) + item,
+                              round.epoch);
     }
   }
 }
@@ -209,9 +206,8 @@ struct Sources {
 
 // Counts the rows of some sources, those whose tables arrive, for each local expert. By all
 // threads; false, to all of them, where the call has failed.
-__device__ inline bool count_rows(const LowLatencyDispatchParams& params,
-                                  const comm::Round& round, u32 wanted, Sources* sources,
-                                  u32* counts) {
+__device__ inline bool count_rows(const LowLatencyDispatchParams& params, const comm::Round& round,
+                                  u32 wanted, Sources* sources, u32* counts) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_local = num_local_experts(call), num_topk = call.shape.num_topk;
   comm::Arrivals* arrivals = &sources->arrivals;
@@ -264,7 +260,7 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params,
 // Finds the sources that take part, and counts their rows. By all threads; false, to all of them,
 // where the call has failed.
 __device__ __noinline__ bool find_sources(const LowLatencyDispatchParams& params,
-                                    const comm::Round& round, Sources* sources, u32* counts) {
+                                          const comm::Round& round, Sources* sources, u32* counts) {
   const comm::LowLatencyCall& call = params.call;
   constexpr u32 kAll = (1u << kNumRanks) - 1;
   u32 wanted = kAll & ~round.masked;
@@ -376,7 +372,7 @@ __device__ inline void receive_part(const LowLatencyDispatchParams& params,
 
 }  // namespace epcomm
 
-extern "C" __global__ void __launch_bounds__(kGroupWarps* kNumGroups * 32, 1)
+extern "C" __global__ void __launch_bounds__(kGroupWarps * kNumGroups * 32, 1)
     epcomm_low_latency_dispatch(const __grid_constant__ epcomm::LowLatencyDispatchParams params) {
   using namespace epcomm;
   // Span[local experts], then u32[kNumRanks][local experts]: rows from each source.
@@ -398,8 +394,7 @@ extern "C" __global__ void __launch_bounds__(kGroupWarps* kNumGroups * 32, 1)
       if (blockIdx.x == 0) write_counts(params, counts);
       fill_tails(params, counts);
       comm::for_each_part<false>(
-          call, round, ~sources.arrivals.missing, sources.headers, spans, &chunk,
-          &sources.arrivals,
+          call, round, ~sources.arrivals.missing, sources.headers, spans, &chunk, &sources.arrivals,
           [=](u32 source, u32 expert) {
             u32 begin = 0;
             for (u32 s = 0; s < source; ++s) begin += counts[s * num_local + expert];

@@ -240,7 +240,7 @@ def test_masked_ranks_are_left_out_and_come_back(world: World) -> None:
         for rank in world.ranks:
             rank.can_mask = True
             others = [_LAST] if rank.rank != _LAST else [0, 1]
-            rank.state["is_masked"][others] = is_masked
+            rank.masks[others] = is_masked
 
         def one(rank: Rank, inputs: list[Inputs] = inputs, is_masked: bool = is_masked) -> None:
             others = [_LAST] if rank.rank != _LAST else [0, 1]
@@ -266,7 +266,7 @@ def test_a_rank_that_stops_answering_is_masked(world: World) -> None:
 
         world.run(one)
         for rank in world.ranks[:_LAST]:
-            assert rank.state["is_masked"][:3].tolist() == [0, 0, 1]
+            assert rank.masks.tolist() == [0, 0, 1]
 
 
 def test_a_rank_that_is_gone_before_combine_is_masked(world: World) -> None:
@@ -300,7 +300,7 @@ def test_a_rank_that_is_gone_before_combine_is_masked(world: World) -> None:
         same("sums", rank.rank, sums, wanted_sums(_CASE, own, [_LAST]))
 
     world.run(combine)
-    assert world.ranks[0].state["is_masked"][:3].tolist() == [0, 0, 1]
+    assert world.ranks[0].masks.tolist() == [0, 0, 1]
 
 
 def test_rows_that_never_come_are_zeros(world: World) -> None:
@@ -323,7 +323,7 @@ def test_rows_that_never_come_are_zeros(world: World) -> None:
     blank = replace(inputs[_LAST], rows=np.zeros_like(inputs[_LAST].rows))
     for rank in range(_LAST):
         check_received(_CASE, rank, received[rank], [*inputs[:_LAST], blank])
-        assert world.ranks[rank].state["is_masked"][_LAST] == 1
+        assert world.ranks[rank].masks[_LAST] == 1
 
 
 def write_table(world: World, peer: Rank, topk_idx: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from emulator.build import Toolchain, pointer
 from emulator.world import Array, CallFailed, Memory
 from epcomm import cuda_layout
 from epcomm.engines import cuda_params, cuda_tuning
-from epcomm.engines.base import CombinePrecision, Fp8Format
+from epcomm.engines.base import CombinePrecision, Fp8Format, LowLatencyShape
 from epcomm.fp8 import BLOCK, num_scales
 from epcomm.jit import kernels
 
@@ -84,6 +84,10 @@ class Case:
     @property
     def num_rows(self) -> int:
         return self.num_ranks * self.num_max
+
+    @property
+    def shape(self) -> LowLatencyShape:
+        return LowLatencyShape(self.num_max, self.hidden, self.num_experts, self.num_ranks)
 
     def parts(self, rank: int, row_bytes: int) -> int:
         """Return the parts that a rank's rows are cut into: no part is empty."""
@@ -186,6 +190,7 @@ class Rank:
         self.slab = self.memory.zeros("the slab", (world.slab_bytes,), np.uint8)
         self.state = self.memory.zeros("the state", (), cuda_params.LOW_LATENCY_STATE)
         self.record = self.memory.zeros("the record", (), cuda_params.FAILURE_RECORD)
+        self.masks = self.memory.zeros("the masks", (world.num_ranks,), np.uint32)
         self.can_mask = False
         #: Deadline of every wait.
         self.timeout_s = world.timeout_s
@@ -312,7 +317,7 @@ class Rank:
         for name, value in values.items():
             call["shape"][name] = value
         call["state"], call["record"] = pointer(self.state), pointer(self.record)
-        call["wait_stats"] = pointer(wait_stats)
+        call["masks"], call["wait_stats"] = pointer(self.masks), pointer(wait_stats)
         call["timeout_ns"] = int(self.timeout_s * 1e9)
         call["rank"], call["can_mask"] = self.rank, self.can_mask
         if has_hook:
@@ -334,9 +339,7 @@ class Rank:
 
         return receive
 
-    def _launch(
-        self, case: Case, spec: kernels.KernelSpec, shared: int, params: Array
-    ) -> None:
+    def _launch(self, case: Case, spec: kernels.KernelSpec, shared: int, params: Array) -> None:
         self.world.toolchain.launch(
             spec,
             num_blocks=case.num_blocks,
@@ -361,9 +364,7 @@ class World:
         self.toolchain, self.seed, self.timeout_s = toolchain, seed, timeout_s
         self.num_ranks = cases[0].num_ranks
         self.rows_bytes = max(
-            cuda_layout.low_latency_rows_bytes(
-                max(case.num_ranks, case.num_topk), case.num_max, 2 * case.hidden + 16
-            )
+            cuda_layout.low_latency_rows_bytes(case.shape, max(case.num_ranks, case.num_topk))
             for case in cases
         )
         self.slab_bytes = cuda_layout.low_latency_slab_bytes(self.num_ranks, self.rows_bytes)
@@ -456,10 +457,15 @@ def make_inputs(case: Case, round_index: int, rank: int, seed: int) -> Inputs:
         blocks *= np.float32(2) ** exponent * (rng.random(exponent.shape) < 0.95)
     sizes = np.float32(2) ** rng.integers(-12, 12, (*idx.shape, 1)).astype(np.float32)
     results = rng.standard_normal((*idx.shape, case.hidden), np.float32) * sizes
+    # Some cancel, so that what is left of a sum depends on the order of its additions.
+    cancels = rng.random(results[:, 1::2].shape) < 0.5
+    results[:, 1::2] = np.where(cancels, -results[:, : results.shape[1] - 1 : 2], results[:, 1::2])
+    weights = rng.standard_normal(idx.shape, np.float32)
+    weights[::2] = 0.5
     return Inputs(
         rows=oracle.round_to(rows, BF16),
         topk_idx=idx.astype(case.idx_dtype),
-        topk_weights=rng.standard_normal(idx.shape, np.float32),
+        topk_weights=weights,
         results=oracle.round_to(results, BF16),
     )
 
@@ -516,9 +522,7 @@ def check_received(
     return rows
 
 
-def expert_rows(
-    case: Case, rank: Rank, rows: oracle.ExpertRows, inputs: Sequence[Inputs]
-) -> Array:
+def expert_rows(case: Case, rank: Rank, rows: oracle.ExpertRows, inputs: Sequence[Inputs]) -> Array:
     """Return what a rank's experts made of the rows that it received, the rest poisoned."""
     out = rank.memory.empty("experts' rows", (case.num_local, case.num_rows, case.hidden), BF16)
     for local, origins in enumerate(rows.origins):
@@ -563,15 +567,11 @@ def run_round(
 def run_two_rounds(case: Case, inputs: Sequence[Sequence[Inputs]], rank: Rank) -> None:
     """Two rounds with hooks, each sent while the other waits; hooks in either order."""
     me = rank.rank
-    sent = [
-        rank.dispatch(case, one[me].rows, one[me].topk_idx, has_hook=True) for one in inputs
-    ]
+    sent = [rank.dispatch(case, one[me].rows, one[me].topk_idx, has_hook=True) for one in inputs]
     is_odd = me % 2 == 1
     for _, receive in reversed(sent) if is_odd else sent:
         receive()
-    rows = [
-        check_received(case, me, got, one) for (got, _), one in zip(sent, inputs, strict=True)
-    ]
+    rows = [check_received(case, me, got, one) for (got, _), one in zip(sent, inputs, strict=True)]
     back = []
     for (got, _), one, part in zip(sent, inputs, rows, strict=True):
         experts = expert_rows(case, rank, part, one)
