@@ -38,8 +38,7 @@ _NUM_SLOTS = 2
 # As in comm/low_latency.cuh.
 _SENDS, _RECEIVES = 1, 2
 _SPAN_BYTES, _COUNT_BYTES, _MASK_BYTES = 8, 4, 4
-#: The epoch of a call with a hook, in memory of its own: a graph goes on using its.
-_TICKET_BYTES = 4
+_TICKET_BYTES, _NUM_TICKETS = 4, 1024
 
 
 class _Slab:
@@ -116,6 +115,9 @@ class CudaLowLatency:
         self._num_calls = 0
         #: Numbers of the calls whose hook was not called yet.
         self._unreceived: set[int] = set()
+        self._tickets: list[int] = []
+        self._ticket_memory: list[Any] = []
+        self._tickets.append(self._take_ticket())
         self._combine_buffers: list[Any] = []
         self._masks = cupy.zeros(group.size, np.int32)
         self._old: list[_Slab] = []
@@ -204,7 +206,7 @@ class CudaLowLatency:
             request: What was asked for; alive as long as the function that comes back.
             own: The params behind the common part, in order.
         """
-        ticket = cupy.empty(_TICKET_BYTES, np.uint8) if request.has_hook else None
+        ticket = self._take_ticket() if request.has_hook else 0
 
         def run(phases: int) -> None:
             common = (
@@ -214,7 +216,7 @@ class CudaLowLatency:
                 call.slab.state.data.ptr,
                 self._record.ctypes.data,
                 self._masks.data.ptr,
-                0 if ticket is None else ticket.data.ptr,
+                ticket,
                 0 if request.wait_stats is None else request.wait_stats.ptr,
                 int(self._timeout_s * 1e9),
                 *(self._group.rank, phases, int(self._can_mask), 0),
@@ -234,7 +236,7 @@ class CudaLowLatency:
             return lambda: None
         run(_SENDS)
         self._num_calls += 1
-        number = self._num_calls
+        number, is_captured = self._num_calls, self._is_capturing()
         self._unreceived.add(number)
 
         def receive() -> None:
@@ -244,8 +246,19 @@ class CudaLowLatency:
                 )
             run(_RECEIVES)
             self._unreceived.discard(number)
+            if not is_captured:  # a graph goes on using its tickets
+                self._tickets.append(ticket)
 
         return receive
+
+    def _take_ticket(self) -> int:
+        """Return device memory for the epoch of one call."""
+        if not self._tickets:
+            memory = cupy.empty(_NUM_TICKETS * _TICKET_BYTES, np.uint8)
+            self._ticket_memory.append(memory)
+            ptr = memory.data.ptr
+            self._tickets += range(ptr, ptr + memory.nbytes, _TICKET_BYTES)
+        return self._tickets.pop()
 
     # --- dispatch ------------------------------------------------------------------------------
 
