@@ -105,8 +105,9 @@ def size_hint_is_enough(check: Checker) -> None:
             sent = send(check, buffer, case, 0)
             receive(check, sent)
             finish(check, send_back(check, buffer, sent))
-        check.equal("size of the low-latency slab", size_of(buffer), size)
-        check.equal("repr of the Buffer", repr(buffer), said)
+        with check.aside():  # engines differ in it
+            check.equal("size of the low-latency slab", size_of(buffer), size)
+            check.equal("repr of the Buffer", repr(buffer), said)
 
 
 def size_of(buffer: Buffer) -> int:
