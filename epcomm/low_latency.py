@@ -181,18 +181,21 @@ class LowLatencyCalls:
             framework.finish(result.recv_count),
             handle,
             event,
-            self._hook(framework, result.receive) if return_recv_hook else None,
+            self._hook(framework, result.receive, result) if return_recv_hook else None,
         )
 
-    def _hook(self, framework: Framework, receive: Hook) -> Hook:
-        """Return a function that receives, ordered by the stream that is current then."""
+    def _hook(self, framework: Framework, receive: Hook, keep: Any) -> Hook:
+        """Return a function that receives, ordered by the stream that is current then.
+
+        Arrays to keep live as long as the function does.
+        """
 
         def hook() -> None:
             engine = self._open()
             with engine.active():
                 order = self._begin(framework, None, False, [])
                 receive()
-                self._end(framework, order, receive)
+                self._end(framework, order, (receive, keep))
 
         return hook
 
@@ -284,7 +287,7 @@ class LowLatencyCalls:
                 receive()
             event = self._end(framework, order, (x, topk_idx, topk_weights, request))
         combined = framework.finish(out_view) if out is None else out
-        hook = self._hook(framework, receive) if return_recv_hook else None
+        hook = self._hook(framework, receive, request) if return_recv_hook else None
         return combined, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, Any, int, int, int]) -> Any:

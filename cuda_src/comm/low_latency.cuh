@@ -15,7 +15,7 @@
 // Ordering:
 //   reads of a slot -> end of the block -> acquire and release of the block count -> release of
 //   received, by the last block
-//   acquire of received by one lane of each block -> __syncthreads -> stores into the peer's slot
+//   acquire of received by a lane of each block -> __syncthreads -> stores into the peer's slot
 //   stores of a part's row by a group of warps -> the group's barrier -> release of the part's flag
 //   acquire of the flag by one lane of each warp -> __syncwarp -> loads of the row by all lanes
 // A kernel sends before it receives, all blocks are resident at once, and sending waits for nothing
@@ -210,28 +210,35 @@ __device__ __forceinline__ u32 epoch_after(u32 epoch) { return epoch == ~0u ? 2 
 // Begins a call: waits, where it sends, until peers have received the slot's last call. By all
 // threads; false, to all of them, where the call may not go on.
 __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
-  const LowLatencyState& state = *call.state;
+  const volatile LowLatencyState& state = *call.state;
   const bool sends = (call.phases & kSends) != 0;
   bool is_good = true;
   if (warp_index() == 0) {
-    const u32 peer = lane_index();
-    const u32 epoch = sends ? epoch_after(*static_cast<const volatile u32*>(&state.epoch))
-                            : *static_cast<volatile u32*>(call.ticket);
-    const u32 slot = epoch % 2;
-    bool leaves_out = false;
-    if (peer < kNumRanks) {
-      leaves_out = is_masked(call, peer);
-      const bool got_last = ((state.slot_masked[slot] >> peer) & 1) == 0;
-      if (sends && got_last && !leaves_out) {
-        const u32* cell = slab::received_cell(call.slabs, call.rank, slot, peer);
-        const Outcome outcome = await(call, kReceived, peer, state.slot_epoch[slot], cell).outcome;
-        is_good = outcome != Outcome::kFailed;
-        leaves_out = outcome == Outcome::kMissing;
-        if (leaves_out) mask(call, peer);
-      }
+    const u32 lane = lane_index(), peer = lane % kMaxRanks;
+    // All that is needed is read at once, of both slots, before it is known which one it is.
+    const u32 epoch =
+        sends ? epoch_after(state.epoch) : *static_cast<const volatile u32*>(call.ticket);
+    const u32 slot_epoch[2] = {state.slot_epoch[0], state.slot_epoch[1]};
+    const u32 slot_masked[2] = {state.slot_masked[0], state.slot_masked[1]};
+    bool leaves_out = peer < kNumRanks && call.can_mask && is_masked(call, peer);
+    u32 seen = 0;
+    if (sends && lane < 2 * kMaxRanks && peer < kNumRanks) {
+      seen = ptx::ld_acquire_sys_u32(
+          slab::received_cell(call.slabs, call.rank, lane / kMaxRanks, peer));
     }
-    const u32 masked = __ballot_sync(kFullWarp, leaves_out);
-    if (peer == 0) *round = {epoch, slot, masked};
+    const u32 slot = epoch % 2, last = slot == 0 ? slot_epoch[0] : slot_epoch[1];
+    const u32 left_out = slot == 0 ? slot_masked[0] : slot_masked[1];
+    seen = __shfl_sync(kFullWarp, seen, slot * kMaxRanks + peer);
+    const bool waits = sends && lane < kNumRanks && !leaves_out && ((left_out >> peer) & 1) == 0;
+    if (waits && !is_there(kReceived, seen, last)) {
+      const u32* cell = slab::received_cell(call.slabs, call.rank, slot, peer);
+      const Outcome outcome = await_slowly(call, kReceived, peer, last, cell).outcome;
+      is_good = outcome != Outcome::kFailed;
+      leaves_out = outcome == Outcome::kMissing;
+      if (leaves_out) mask(call, peer);
+    }
+    const u32 masked = __ballot_sync(kFullWarp, leaves_out && lane < kNumRanks);
+    if (lane == 0) *round = {epoch, slot, masked};
   }
   return __syncthreads_and(is_good && !has_failed(call));
 }

@@ -61,26 +61,6 @@ __device__ __forceinline__ u32 scales_of_granule(const LowLatencyDispatchParams&
 
 // --- sending -----------------------------------------------------------------------------------
 
-// The ranks that get a token, as bits. By all lanes of a warp.
-__device__ inline u32 ranks_of(const LowLatencyDispatchParams& params, const comm::Round& round,
-                               u32 token) {
-  const comm::LowLatencyShape& shape = params.call.shape;
-  const u32 lane = lane_index();
-  i64 expert = -1;
-  if (lane < shape.num_topk) {
-    expert = comm::choice_at(params.topk_idx, params.is_64_bit, u64(token) * shape.num_topk + lane);
-  }
-  const bool is_valid = expert >= 0 && expert < i64(shape.num_experts);
-  const u32 holder =
-      is_valid ? static_cast<u32>(expert) / num_local_experts(params.call) : kNumRanks;
-  u32 ranks = 0;
-#pragma unroll
-  for (u32 rank = 0; rank < kNumRanks; ++rank) {
-    if (__any_sync(kFullWarp, holder == rank)) ranks |= 1u << rank;
-  }
-  return ranks & ~round.masked;
-}
-
 // What a lane sends of a granule: 16 bytes, and a word of scales where has_scale.
 struct Sent {
   Vec16 values;
@@ -131,49 +111,102 @@ __device__ __forceinline__ void send_scales(const LowLatencyDispatchParams&, u8*
 
 #endif
 
-// Writes a part of a row into the slots of some ranks. By all threads of a group.
-__device__ inline void send_part(const LowLatencyDispatchParams& params, const comm::Round& round,
-                                 u32 token, u32 part, u32 ranks) {
-  constexpr u32 kUnroll = 2;
-  const u32 row_bytes = data_bytes(params), me = params.call.rank;
+// A part of a row that a group sends, as far as it is read at once: in registers.
+struct OwnPart {
+  static constexpr u32 kUnroll = 2;
+  i64 expert;  // this lane's choice
+  Loaded loaded[kUnroll];
+};
+
+__device__ __forceinline__ comm::Granules granules_of(const LowLatencyDispatchParams& params,
+                                                      u32 item) {
+  const u32 num_parts = params.call.shape.num_parts;
+  return comm::granules_of(data_bytes(params), item % num_parts, num_parts);
+}
+
+// Reads this warp's granules from first on.
+__device__ __forceinline__ void load_granules(const LowLatencyDispatchParams& params, u32 token,
+                                              u32 first, u32 end, OwnPart* own) {
   const u8* row = params.rows + u64(token) * params.call.shape.hidden * 2;
-  const comm::Granules granules = comm::granules_of(row_bytes, part, params.call.shape.num_parts);
-  for (u32 first = granules.begin + comm::warp_in_group(); first < granules.end;
-       first += kUnroll * kGroupWarps) {
-    Loaded loaded[kUnroll] = {};
 #pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) {
-      const u32 granule = first + j * kGroupWarps;
-      const u32 at = granule * comm::kGranuleBytes + lane_index() * sizeof(Vec16);
-      if (granule < granules.end && at < row_bytes) loaded[j] = load(row, at);
-    }
+  for (u32 j = 0; j < OwnPart::kUnroll; ++j) {
+    const u32 granule = first + j * kGroupWarps;
+    const u32 at = granule * comm::kGranuleBytes + lane_index() * sizeof(Vec16);
+    own->loaded[j] = {};
+    if (granule < end && at < data_bytes(params)) own->loaded[j] = load(row, at);
+  }
+}
+
+// The n-th part that a group sends.
+__device__ __forceinline__ u32 own_item(u32 n) {
+  return blockIdx.x + gridDim.x * (comm::group_index() + n * kNumGroups);
+}
+
+// Reads the beginning of a part, and for whom it is. By all threads of a group.
+__device__ __forceinline__ void load_part(const LowLatencyDispatchParams& params, u32 item,
+                                          OwnPart* own) {
+  const comm::LowLatencyShape& shape = params.call.shape;
+  if (item >= shape.num_tokens * shape.num_parts) return;
+  const u32 token = item / shape.num_parts, lane = lane_index();
+  own->expert = -1;
+  if (lane < shape.num_topk) {
+    own->expert =
+        comm::choice_at(params.topk_idx, params.is_64_bit, u64(token) * shape.num_topk + lane);
+  }
+  const comm::Granules granules = granules_of(params, item);
+  load_granules(params, token, granules.begin + comm::warp_in_group(), granules.end, own);
+}
+
+// The ranks that get a token, as bits, from the lanes' choices. By all lanes of a warp.
+__device__ inline u32 ranks_of(const LowLatencyDispatchParams& params, const comm::Round& round,
+                               i64 expert) {
+  const bool is_valid = expert >= 0 && expert < i64(params.call.shape.num_experts);
+  const u32 holder =
+      is_valid ? static_cast<u32>(expert) / num_local_experts(params.call) : kNumRanks;
+  u32 ranks = 0;
 #pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) {
+  for (u32 rank = 0; rank < kNumRanks; ++rank) {
+    if (__any_sync(kFullWarp, holder == rank)) ranks |= 1u << rank;
+  }
+  return ranks & ~round.masked;
+}
+
+// Writes a part into the slots of some ranks. By all threads of a group.
+__device__ inline void send_part(const LowLatencyDispatchParams& params, const comm::Round& round,
+                                 u32 item, u32 ranks, OwnPart* own) {
+  const u32 token = item / params.call.shape.num_parts, me = params.call.rank;
+  const comm::Granules granules = granules_of(params, item);
+  for (u32 first = granules.begin + comm::warp_in_group(); first < granules.end;) {
+#pragma unroll
+    for (u32 j = 0; j < OwnPart::kUnroll; ++j) {
       const u32 granule = first + j * kGroupWarps;
       if (granule >= granules.end) continue;
       const u32 at = granule * comm::kGranuleBytes + lane_index() * sizeof(Vec16);
-      const Sent sent = prepare(params, loaded[j]);
+      const Sent sent = prepare(params, own->loaded[j]);
 #pragma unroll
       for (u32 i = 0; i < kNumRanks; ++i) {
         if (((ranks >> i) & 1) == 0) continue;
         u8* to = slot_row(params, round, i, me, token);
-        if (at < row_bytes) ptx::st_no_allocate_vec16(to + at, sent.values);
+        if (at < data_bytes(params)) ptx::st_no_allocate_vec16(to + at, sent.values);
         send_scales(params, to, granule, sent.scale);
       }
     }
+    first += OwnPart::kUnroll * kGroupWarps;
+    load_granules(params, token, first, granules.end, own);
   }
 }
 
-// Sends all rows of this rank. By all threads.
-__device__ inline void send_rows(const LowLatencyDispatchParams& params, const comm::Round& round) {
+// Sends all rows of this rank. own: the group's first part. By all threads.
+__device__ inline void send_rows(const LowLatencyDispatchParams& params, const comm::Round& round,
+                                 OwnPart* own) {
   const comm::LowLatencyCall& call = params.call;
-  const u32 num_parts = call.shape.num_parts, num_items = call.shape.num_tokens * num_parts;
-  for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
-       item += gridDim.x * kNumGroups) {
-    const u32 token = item / num_parts;
-    const u32 ranks = ranks_of(params, round, token);
+  const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
+  for (u32 n = 0; own_item(n) < num_items; ++n) {
+    const u32 item = own_item(n);
+    if (n > 0) load_part(params, item, own);
+    const u32 ranks = ranks_of(params, round, own->expert);
     if (ranks == 0) continue;
-    send_part(params, round, token, item % num_parts, ranks);
+    send_part(params, round, item, ranks, own);
     comm::group_barrier();
     if (comm::warp_in_group() == 0 && lane_index() < kNumRanks && (ranks >> lane_index()) & 1) {
       ptx::st_release_sys_u32(slab::flags(call.slabs, lane_index(), round.slot, call.rank) + item,
@@ -381,10 +414,13 @@ extern "C" __global__ void __launch_bounds__(kGroupWarps * kNumGroups * 32, 1)
   __shared__ comm::Chunk chunk;
   const comm::LowLatencyCall& call = params.call;
   __shared__ comm::Round round;
+  // What is sent first is read while the call begins.
+  OwnPart own;
+  if (call.phases & comm::kSends) load_part(params, own_item(0), &own);
   if (!comm::begin(call, &round)) return;
   if (call.phases & comm::kSends) {
     comm::send_tables(call, round, params.topk_idx, params.is_64_bit, nullptr);
-    send_rows(params, round);
+    send_rows(params, round, &own);
   }
   if (call.phases & comm::kReceives) {
     const u32 num_local = num_local_experts(call);

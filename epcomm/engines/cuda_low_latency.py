@@ -117,7 +117,7 @@ class CudaLowLatency:
         self._unreceived: set[int] = set()
         self._tickets: list[int] = []
         self._ticket_memory: list[Any] = []
-        self._tickets.append(self._take_ticket())
+        self._add_tickets()  # now: a capture may not be able to
         self._combine_buffers: list[Any] = []
         self._masks = cupy.zeros(group.size, np.int32)
         self._old: list[_Slab] = []
@@ -254,11 +254,14 @@ class CudaLowLatency:
     def _take_ticket(self) -> int:
         """Return device memory for the epoch of one call."""
         if not self._tickets:
-            memory = cupy.empty(_NUM_TICKETS * _TICKET_BYTES, np.uint8)
-            self._ticket_memory.append(memory)
-            ptr = memory.data.ptr
-            self._tickets += range(ptr, ptr + memory.nbytes, _TICKET_BYTES)
+            self._add_tickets()
         return self._tickets.pop()
+
+    def _add_tickets(self) -> None:
+        memory = cupy.empty(_NUM_TICKETS * _TICKET_BYTES, np.uint8)
+        self._ticket_memory.append(memory)
+        ptr = memory.data.ptr
+        self._tickets += range(ptr, ptr + memory.nbytes, _TICKET_BYTES)
 
     # --- dispatch ------------------------------------------------------------------------------
 

@@ -258,8 +258,8 @@ FAULTS = (
     Fault(
         "low latency: slots are written before peers have received",
         _LOW_LATENCY,
-        "if (sends && got_last && !leaves_out) {",
-        "if (false && sends && got_last && !leaves_out) {",
+        "if (waits && !is_there(kReceived, seen, last)) {",
+        "if (false && waits && !is_there(kReceived, seen, last)) {",
         "four ranks, hooks",
     ),
     Fault(
@@ -267,7 +267,7 @@ FAULTS = (
         _LOW_LATENCY,
         "return phase == kReceived ? is_reached(seen, epoch) : seen == epoch;",
         "return seen == epoch;",
-        "eight ranks by expert",
+        "two ranks, bf16",
     ),
     Fault(
         "low latency: tables of earlier calls are taken",
@@ -286,7 +286,7 @@ FAULTS = (
     Fault(
         "low latency: a kernel that only receives takes the latest epoch",
         _LOW_LATENCY,
-        "*static_cast<volatile u32*>(call.ticket);",
+        "*static_cast<const volatile u32*>(call.ticket);",
         "state.epoch;",
         "four ranks, hooks",
     ),
