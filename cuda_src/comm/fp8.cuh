@@ -3,6 +3,7 @@
 
 #include "common/types.cuh"
 #include "ptx/convert.cuh"
+#include "ptx/e4m3.cuh"
 
 namespace epcomm::comm {
 

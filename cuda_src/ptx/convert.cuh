@@ -47,29 +47,4 @@ __device__ __forceinline__ float cvt_f32_f16(u16 half) {
   return value;
 }
 
-// The same in integer arithmetic, for GPUs without the instruction. PTX ISA, "cvt".
-__device__ __forceinline__ u32 cvt_rn_satfinite_e4m3_f32(float value) {
-  const u32 sign = as_bits(value) >> 24 & 0x80, size = as_bits(value) & 0x7fffffff;
-  if (size > 0x7f800000) return 0x7f;
-  if (size >= 0x43e00000) return sign | 0x7e;  // 448 and more
-  if (size < 0x3c800000) {
-    // Below 2^-6, the least normal value: 2^14 has the step that is wanted, 2^-9, and the addition
-    // rounds to it.
-    return sign | (as_bits(add_rn_f32(as_float(size), 16384.0f)) - 0x46800000);
-  }
-  const u32 rounded = size + 0x7ffff + (size >> 20 & 1);
-  return sign | ((rounded >> 20) - 960);  // exponents begin at -6 in place of -126
-}
-
-// To e4m3, values beyond 448 to 448, two in the lower half of the word.
-__device__ __forceinline__ u32 cvt_rn_satfinite_e4m3x2_f32(float low, float high) {
-#if __CUDA_ARCH__ >= 890
-  u16 pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  return pair;
-#else
-  return cvt_rn_satfinite_e4m3_f32(low) | cvt_rn_satfinite_e4m3_f32(high) << 8;
-#endif
-}
-
 }  // namespace epcomm::ptx

@@ -42,30 +42,6 @@ inline float add_rn_f32(float a, float b) { return a + b; }
 inline float mul_rn_f32(float a, float b) { return a * b; }
 inline float div_rn_f32(float a, float b) { return a / b; }
 
-// By search, unlike the integer arithmetic that GPUs without the instruction use.
-inline float wide_e4m3(u32 code) {
-  const float mantissa = static_cast<float>(code & 7);
-  if (code < 8) return mantissa * 0x1p-9f;
-  return (8 + mantissa) * as_float(((code >> 3) + 127 - 10) << 23);
-}
-
-inline u32 cvt_rn_satfinite_e4m3_f32(float value) {
-  const u32 sign = as_bits(value) >> 24 & 0x80;
-  const float size = as_float(as_bits(value) & 0x7fffffff);
-  if (value != value) return 0x7f;
-  u32 below = 0;
-  for (u32 step = 64; step != 0; step /= 2) {
-    if (below + step <= 0x7e && wide_e4m3(below + step) <= size) below += step;
-  }
-  if (below == 0x7e) return sign | below;
-  const float middle = (wide_e4m3(below) + wide_e4m3(below + 1)) / 2;
-  return sign | (below + (size > middle || (size == middle && below % 2 == 1)));
-}
-
-inline u32 cvt_rn_satfinite_e4m3x2_f32(float low, float high) {
-  return cvt_rn_satfinite_e4m3_f32(low) | cvt_rn_satfinite_e4m3_f32(high) << 8;
-}
-
 inline float cvt_f32_f16(u16 half) {
   const u32 sign = (half & 0x8000u) << 16, size = half & 0x7fffu;
   if (size >= 0x7c00) return as_float(sign | 0x7f800000 | (size & 0x3ff) << 13);
