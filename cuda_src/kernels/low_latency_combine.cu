@@ -285,7 +285,7 @@ __device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call,
 
 }  // namespace epcomm
 
-extern "C" __global__ void __launch_bounds__(kGroupWarps * kNumGroups * 32, 1)
+extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1)
     epcomm_low_latency_combine(const __grid_constant__ epcomm::LowLatencyCombineParams params) {
   using namespace epcomm;
   extern __shared__ __align__(128) u8 shared_memory[];  // Span[local experts]

@@ -405,7 +405,7 @@ __device__ inline void receive_part(const LowLatencyDispatchParams& params,
 
 }  // namespace epcomm
 
-extern "C" __global__ void __launch_bounds__(kGroupWarps * kNumGroups * 32, 1)
+extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1)
     epcomm_low_latency_dispatch(const __grid_constant__ epcomm::LowLatencyDispatchParams params) {
   using namespace epcomm;
   // Span[local experts], then u32[kNumRanks][local experts]: rows from each source.

@@ -621,8 +621,10 @@ class CudaEngine:
     def _num_low_latency_blocks(self) -> int:
         # Ranks that are threads of one process share their GPU at the same time, and wait for one
         # another; processes take turns on it.
-        sharing = self._group.size if self._slabs.has_neighbour else 1
-        return max(1, self._num_multiprocessors // sharing)
+        num_ranks = self._group.size
+        most = self._num_multiprocessors // (num_ranks if self._slabs.has_neighbour else 1)
+        # As many for each source: a block that has rows of two finds their places one by one.
+        return max(1, most // num_ranks * num_ranks)
 
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
         """See `Engine.low_latency_dispatch`."""

@@ -25,9 +25,19 @@ TIMEOUT_S = 85.0
 
 Digests = dict[str, list[str]]
 
-sizes = [pytest.param(n, marks=pytest.mark.gpu(n), id=str(n)) for n in (1, 2, 3, 4)]
+
+def runs(**sizes: tuple[int, ...]) -> pytest.MarkDecorator:
+    """Parametrize with a kind of programs and a number of ranks."""
+    kinds = {name.replace("_", "-"): numbers for name, numbers in sizes.items()}
+    params = [
+        pytest.param(kind, n, marks=pytest.mark.gpu(n), id=f"{kind}-{n}")
+        for kind, numbers in kinds.items()
+        for n in numbers
+    ]
+    return pytest.mark.parametrize(("kind", "num_ranks"), params)
+
+
 frames = pytest.mark.parametrize("frame", list(ON_CPU))
-kinds = pytest.mark.parametrize("kind", list(PROGRAMS))
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -61,16 +71,14 @@ def want(frame: str, kind: str, num_ranks: int) -> Digests:
     return {name: contract.run_as_threads(name, num_ranks, ON_CPU[frame]) for name in programs}
 
 
-@pytest.mark.parametrize("num_ranks", sizes)
-@kinds
+@runs(throughput=(1, 2, 3, 4), low_latency=(1, 3))
 @frames
 def test_with_ranks_as_threads(frame: str, kind: str, num_ranks: int) -> None:
     need(frame)
     assert on_threads(frame, kind, num_ranks) == want(frame, kind, num_ranks)
 
 
-@pytest.mark.parametrize("num_ranks", sizes)
-@kinds
+@runs(throughput=(1, 2, 3, 4), low_latency=(2, 4))
 @frames
 def test_under_mpi_with_the_same_bits(
     mpiexec: Callable[..., Result], frame: str, kind: str, num_ranks: int
@@ -81,7 +89,7 @@ def test_under_mpi_with_the_same_bits(
 
 
 @pytest.mark.gpu(1)
-@kinds
+@pytest.mark.parametrize("kind", list(PROGRAMS))
 @frames
 def test_two_ranks_on_one_gpu(mpiexec: Callable[..., Result], frame: str, kind: str) -> None:
     """Processes take turns on the GPU, so every wait for a peer lasts a time slice."""
