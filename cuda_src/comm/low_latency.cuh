@@ -308,14 +308,14 @@ __device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round
     }
     u64* table = slab::table(call.slabs, peer, round.slot, call.rank);
     for (u32 token = warp_index(); token < shape.num_tokens; token += blockDim.x / kWarpSize) {
+      const u32 index = token * shape.num_topk + lane;
+      const bool has_weight = weights != nullptr && lane < shape.num_topk;
+      const u32 weight = has_weight ? ptx::as_bits(weights[index]) : 0;
       const i32 expert = own_choice(call, topk_idx, is_64_bit, token, peer == call.rank);
       if (lane >= shape.num_topk) continue;
-      const u32 index = token * shape.num_topk + lane;
       u64* entry = table + index * slab::kEntryWords;
       ptx::st_relaxed_sys_u64(entry, cell_of(round.epoch, static_cast<u32>(expert)));
-      if (weights != nullptr) {
-        ptx::st_relaxed_sys_u64(entry + 1, cell_of(round.epoch, ptx::as_bits(weights[index])));
-      }
+      if (has_weight) ptx::st_relaxed_sys_u64(entry + 1, cell_of(round.epoch, weight));
     }
   }
 }
@@ -331,28 +331,10 @@ __device__ __forceinline__ void note(Arrivals* arrivals, u32 source, Outcome out
   if (outcome == Outcome::kFailed) atomicOr(&arrivals->has_failed, 1u);
 }
 
-// Waits for the headers of some sources, into shared memory. By all threads, which then meet.
-__device__ inline void read_headers(const LowLatencyCall& call, const Round& round, u32 sources,
-                                    LowLatencyShape* headers, Arrivals* arrivals) {
-  constexpr u32 kWords = slab::kLowLatencyHeaderWords;
-  for (u32 i = threadIdx.x; i < kNumRanks * kWords; i += blockDim.x) {
-    const u32 source = i / kWords;
-    u32 word = 0;
-    if ((sources >> source) & 1) {
-      const u64* cell = slab::header_cells(call.slabs, call.rank, round.slot, source) + i % kWords;
-      const Awaited awaited = await(call, kLowLatencyTables, source, round.epoch, cell);
-      note(arrivals, source, awaited.outcome);
-      word = awaited.word;
-    }
-    reinterpret_cast<u32*>(headers)[i] = word;
-  }
-  __syncthreads();
-}
-
-// Whether sources pass what this rank does; reports the first value in which one differs. By one
-// thread; every rank that sees the same sources finds that somebody differs.
-__device__ inline bool headers_agree(const LowLatencyCall& call, u32 sources,
-                                     const LowLatencyShape* headers) {
+// Reports the first value in which a source differs from this rank. By one thread; every rank that
+// sees the same sources finds that somebody differs.
+__device__ inline void report_mismatch(const LowLatencyCall& call, const LowLatencyShape* headers,
+                                       u32 sources) {
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
   for (u32 i = 0; i < kNumLowLatencyAgreed; ++i) {
     for (u32 source = 0; source < kNumRanks; ++source) {
@@ -366,10 +348,40 @@ __device__ inline bool headers_agree(const LowLatencyCall& call, u32 sources,
       }
       __threadfence_system();
       record->failure = kLowLatencyMismatch;
-      return false;
+      return;
     }
   }
-  return true;
+}
+
+// Waits for the headers of some sources, into shared memory: zeros for a source whose does not
+// come. By all threads; false, to all of them, where the call has failed or a source passes other
+// values.
+__device__ inline bool read_headers(const LowLatencyCall& call, const Round& round, u32 sources,
+                                    LowLatencyShape* headers, Arrivals* arrivals) {
+  constexpr u32 kWords = slab::kLowLatencyHeaderWords;
+  const u32* own = reinterpret_cast<const u32*>(&call.shape);
+  bool is_good = true;
+  for (u32 i = threadIdx.x; i < kNumRanks * kWords; i += blockDim.x) {
+    const u32 source = i / kWords;
+    Awaited awaited = {Outcome::kMissing, 0};
+    if ((sources >> source) & 1) {
+      const u64* cell = slab::header_cells(call.slabs, call.rank, round.slot, source) + i % kWords;
+      awaited = await(call, kLowLatencyTables, source, round.epoch, cell);
+      note(arrivals, source, awaited.outcome);
+    }
+    reinterpret_cast<u32*>(headers)[i] = awaited.word;
+    const bool may_differ =
+        awaited.outcome == Outcome::kMissing || i % kWords >= kNumLowLatencyAgreed;
+    if (awaited.outcome == Outcome::kFailed || (!may_differ && awaited.word != own[i % kWords])) {
+      is_good = false;
+    }
+  }
+  // All threads must come to the same end, and others may note more as soon as they go on.
+  is_good = __syncthreads_and(is_good);
+  if (!is_good && threadIdx.x == 0 && arrivals->has_failed == 0) {
+    report_mismatch(call, headers, sources & ~arrivals->missing);
+  }
+  return is_good;
 }
 
 // Entries of tables, several of a thread on their way together. By all threads.

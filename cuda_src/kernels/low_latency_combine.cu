@@ -273,14 +273,11 @@ __device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call,
                                           const comm::Round& round, Sources* sources) {
   if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
   __syncthreads();
-  comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals);
+  const bool is_good =
+      comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals);
   const u32 missing = sources->arrivals.missing;
-  bool is_good = sources->arrivals.has_failed == 0;
-  if (is_good && threadIdx.x == 0) {
-    is_good = comm::headers_agree(call, ~missing, sources->headers);
-  }
   if (threadIdx.x < kNumRanks && (missing >> threadIdx.x) & 1) comm::mask(call, threadIdx.x);
-  return __syncthreads_and(is_good);
+  return is_good;
 }
 
 }  // namespace epcomm

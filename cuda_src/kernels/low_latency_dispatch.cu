@@ -247,17 +247,11 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
   for (u32 i = threadIdx.x; i < kNumRanks * num_local; i += blockDim.x) counts[i] = 0;
   if (threadIdx.x == 0) *arrivals = {~wanted, 0};
   __syncthreads();
-  comm::read_headers(call, round, wanted, sources->headers, arrivals);
-  bool is_good = arrivals->has_failed == 0;
-  if (is_good && threadIdx.x == 0) {
-    is_good = comm::headers_agree(call, ~arrivals->missing, sources->headers);
-  }
-  const u32 missing = arrivals->missing;
-  if (!__syncthreads_and(is_good)) return false;
+  if (!comm::read_headers(call, round, wanted, sources->headers, arrivals)) return false;
   u32 ends[kNumRanks], end = 0;
 #pragma unroll
   for (u32 source = 0; source < kNumRanks; ++source) {
-    if (((missing >> source) & 1) == 0) end += sources->headers[source].num_tokens * num_topk;
+    end += sources->headers[source].num_tokens * num_topk;
     ends[source] = end;
   }
   auto source_of = [&ends](u32 i, u32* begin) {
