@@ -162,6 +162,8 @@ class Buffer(LowLatencyCalls):
             self._topology,
             device=device,
             num_bytes=self.num_nvl_bytes,
+            num_low_latency_bytes=self.num_rdma_bytes,
+            can_mask=self.enable_shrink,
             num_sms=lambda: Buffer.num_sms,
             timeout_s=self.timeout_s,
             buffer_id=self.id,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from epcomm.engines.base import MAX_LOW_LATENCY_TOPK, LowLatencyShape
 from epcomm.errors import UnsupportedConfig
 
 MAX_RANKS = 8
@@ -25,6 +26,17 @@ AGREED = (
     "topk_dtype",
     "num_experts",
     "expert_alignment",
+)
+#: Most tokens a rank of low-latency calls.
+MAX_LOW_LATENCY_TOKENS = 1024
+#: Words of a low-latency call's header in which all ranks must agree, by name and in order.
+LOW_LATENCY_AGREED = (
+    "call",
+    "num_max_dispatch_tokens_per_rank",
+    "hidden",
+    "num_experts",
+    "num_topk",
+    "fp8_format or combine_precision",
 )
 #: Warps of a block of dispatch that stage; as many tokens share a flag.
 NUM_STAGE_WARPS = 16
@@ -184,3 +196,63 @@ def constants(num_ranks: int) -> dict[str, int]:
         "kNumStageWarps": NUM_STAGE_WARPS,
         **OFFSETS,
     }
+
+
+# --- low latency -------------------------------------------------------------------------------
+# A slab of its own: cells first, tables behind them, then the two slots' rows, which alone grow.
+
+_HEADER_CELLS = 8
+_ENTRY_BYTES = 16
+
+
+def _low_latency_offsets(num_ranks: int) -> dict[str, int]:
+    entries = MAX_LOW_LATENCY_TOKENS * MAX_LOW_LATENCY_TOPK
+    sizes = {
+        "kOffsetLowLatencyAbort": 8,
+        "kOffsetLowLatencyReceived": 2 * MAX_RANKS * 4,
+        "kOffsetLowLatencyHeaders": 2 * MAX_RANKS * _HEADER_CELLS * 8,
+        "kOffsetLowLatencyFlags": 2 * MAX_LOW_LATENCY_TOPK * MAX_LOW_LATENCY_TOKENS * 4,
+        "kOffsetLowLatencyTables": 2 * num_ranks * entries * _ENTRY_BYTES,
+        "kOffsetLowLatencyRows": 0,
+    }
+    offsets, end = {}, 0
+    for name, num_bytes in sizes.items():
+        offsets[name] = end
+        end += _round_up(num_bytes)
+    return offsets
+
+
+def low_latency_rows_offset(num_ranks: int) -> int:
+    """Return the byte where the slots' rows begin; all before it has to be zeroed."""
+    return _low_latency_offsets(num_ranks)["kOffsetLowLatencyRows"]
+
+
+def low_latency_constants(num_ranks: int) -> dict[str, int]:
+    """Return the constants of low-latency slabs for kernels of a group of so many ranks."""
+    return {
+        "kMaxLowLatencyTokens": MAX_LOW_LATENCY_TOKENS,
+        "kMaxLowLatencyTopk": MAX_LOW_LATENCY_TOPK,
+        "kNumLowLatencyAgreed": len(LOW_LATENCY_AGREED),
+        **_low_latency_offsets(num_ranks),
+    }
+
+
+def low_latency_rows_bytes(shape: LowLatencyShape, num_lines: int) -> int:
+    """Return the bytes that a slot's rows need, as bf16: fp8 rows with their scales are shorter.
+
+    Args:
+        shape: Of the call.
+        num_lines: Ranks, or the choices of a token where every expert's row crosses.
+    """
+    return _round_up(num_lines * shape.num_max_tokens * shape.hidden * 2)
+
+
+def low_latency_region_bytes(shape: LowLatencyShape) -> int:
+    """Return the bytes of both slots' rows with which calls of a shape never have to grow."""
+    lines = max(shape.num_ranks, min(MAX_LOW_LATENCY_TOPK, shape.num_experts))
+    return 2 * low_latency_rows_bytes(shape, lines)
+
+
+def low_latency_slab_bytes(num_ranks: int, rows_bytes: int) -> int:
+    """Return the bytes of a low-latency slab whose slots have so many bytes for rows."""
+    return low_latency_rows_offset(num_ranks) + 2 * _round_up(rows_bytes)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from epcomm import arguments
+from epcomm import arguments, cuda_layout, env
 from epcomm.arguments import FLOAT32, INT32, INT64, Place, view_of
 from epcomm.arrays import BFLOAT16, ArrayView
+from epcomm.engines import host_low_latency
 from epcomm.engines.base import (
     Allocate,
     CombinePrecision,
@@ -20,9 +21,8 @@ from epcomm.engines.base import (
     LowLatencyShape,
     StreamOrder,
 )
-from epcomm.engines.host_low_latency import region_bytes
 from epcomm.errors import InvalidArgument
-from epcomm.events import EventHandle, EventOverlap
+from epcomm.events import EventOverlap
 from epcomm.frameworks import Framework, framework_of, writable_framework
 
 Hook = Callable[[], None]
@@ -38,27 +38,44 @@ class LowLatencyCalls:
     def _open(self) -> Engine:
         raise NotImplementedError
 
+    def _begin(
+        self, framework: Framework, previous_event: Any, async_finish: bool, inputs: Sequence[Any]
+    ) -> StreamOrder:
+        raise NotImplementedError
+
+    def _end(self, framework: Framework, order: StreamOrder, keep: Any) -> EventOverlap:
+        raise NotImplementedError
+
     def _allocate(self, framework: Framework, order: StreamOrder | None) -> Allocate:
         raise NotImplementedError
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
-        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+        num_max_dispatch_tokens_per_rank: int,
+        hidden: int,
+        num_ranks: int,
+        num_experts: int,
+        *,
+        engine: str | None = None,
     ) -> int:
         """Return the bytes a rank with which low-latency calls of this shape never have to grow.
+
+        What is enough for the host engine is enough for the cuda engine, which needs less.
 
         Args:
             num_max_dispatch_tokens_per_rank: Most tokens that a rank passes in one call.
             hidden: Elements of a row.
             num_ranks: Ranks of the group.
             num_experts: Experts over all ranks.
+            engine: The Buffer's; None takes EPCOMM_ENGINE.
         """
         arguments.whole_number(num_ranks, "num_ranks", 1)
-        return region_bytes(
-            arguments.low_latency_shape(
-                num_max_dispatch_tokens_per_rank, hidden, num_experts, num_ranks
-            )
+        shape = arguments.low_latency_shape(
+            num_max_dispatch_tokens_per_rank, hidden, num_experts, num_ranks
         )
+        if (engine or env.settings().engine) == "cuda":
+            return cuda_layout.low_latency_region_bytes(shape)
+        return host_low_latency.region_bytes(shape)
 
     def low_latency_dispatch(
         self,
@@ -117,30 +134,38 @@ class LowLatencyCalls:
                 f"x has {num_tokens} tokens; num_max_dispatch_tokens_per_rank is "
                 f"{shape.num_max_tokens}. Pass at least as many, the same on every rank."
             )
-        request = LowLatencyDispatchRequest(
-            data=data,
-            topk_idx=arguments.low_latency_topk(topk_idx, num_tokens, place),
-            shape=shape,
-            fp8=arguments.fp8_format(use_fp8, round_scale, use_ue8m0, hidden),
-            recv_stats=_optional_stats(
-                cumulative_local_expert_recv_stats,
-                "cumulative_local_expert_recv_stats",
-                place,
-                shape.num_local_experts,
-                INT32,
-            ),
-            wait_stats=_optional_stats(
-                dispatch_wait_recv_cost_stats,
-                "dispatch_wait_recv_cost_stats",
-                place,
-                self.group_size,
-                INT64,
-            ),
-            allocate=self._allocate(framework, None),
+        idx = arguments.low_latency_topk(topk_idx, num_tokens, place)
+        fp8 = arguments.fp8_format(use_fp8, round_scale, use_ue8m0, hidden)
+        recv_stats = _optional_stats(
+            cumulative_local_expert_recv_stats,
+            "cumulative_local_expert_recv_stats",
+            place,
+            shape.num_local_experts,
+            INT32,
         )
-        result = engine.low_latency_dispatch(request)
-        if not return_recv_hook:
-            result.receive()
+        wait_stats = _optional_stats(
+            dispatch_wait_recv_cost_stats,
+            "dispatch_wait_recv_cost_stats",
+            place,
+            self.group_size,
+            INT64,
+        )
+        with engine.active():
+            order = self._begin(framework, None, async_finish, [x, topk_idx])
+            request = LowLatencyDispatchRequest(
+                data=data,
+                topk_idx=idx,
+                shape=shape,
+                fp8=fp8,
+                recv_stats=recv_stats,
+                wait_stats=wait_stats,
+                has_hook=return_recv_hook,
+                allocate=self._allocate(framework, order),
+            )
+            result = engine.low_latency_dispatch(request)
+            if not return_recv_hook:
+                result.receive()
+            event = self._end(framework, order, (x, topk_idx, result))
         recv_x = framework.finish(result.data)
         if result.scales is not None:
             recv_x = recv_x, framework.finish(_rows_innermost(result.scales))
@@ -155,9 +180,24 @@ class LowLatencyCalls:
             recv_x,
             framework.finish(result.recv_count),
             handle,
-            _event(async_finish, (x, topk_idx)),
-            result.receive if return_recv_hook else None,
+            event,
+            self._hook(framework, result.receive, result) if return_recv_hook else None,
         )
+
+    def _hook(self, framework: Framework, receive: Hook, keep: Any) -> Hook:
+        """Return a function that receives, ordered by the stream that is current then.
+
+        Arrays to keep live as long as the function does.
+        """
+
+        def hook() -> None:
+            engine = self._open()
+            with engine.active():
+                order = self._begin(framework, None, False, [])
+                receive()
+                self._end(framework, order, (receive, keep))
+
+        return hook
 
     def low_latency_combine(
         self,
@@ -212,38 +252,43 @@ class LowLatencyCalls:
                 f"topk_idx has {num_tokens} tokens; the handle's dispatch took at most "
                 f"{shape.num_max_tokens}. Pass the topk_idx that was dispatched."
             )
-        if out is None:
-            out_view = framework.empty((num_tokens, shape.hidden), BFLOAT16, place.device, None)
-        else:
-            out_shape = (num_tokens, shape.hidden)
-            out_view = view_of(
+        out_shape = (num_tokens, shape.hidden)
+        given_out = None
+        if out is not None:
+            given_out = view_of(
                 out, "out", place, shape=out_shape, dtypes=(BFLOAT16,), is_output=True
             )
-        request = LowLatencyCombineRequest(
-            data=data,
-            topk_idx=idx,
-            topk_weights=view_of(
-                topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32
-            ),
-            layout_range=layout_range,
-            shape=shape,
-            precision=_precision(combine_precision),
-            is_zero_copy=zero_copy,
-            wait_stats=_optional_stats(
-                combine_wait_recv_cost_stats,
-                "combine_wait_recv_cost_stats",
-                place,
-                self.group_size,
-                INT64,
-            ),
-            out=out_view,
+        weights = view_of(topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32)
+        precision = _precision(combine_precision)
+        wait_stats = _optional_stats(
+            combine_wait_recv_cost_stats,
+            "combine_wait_recv_cost_stats",
+            place,
+            self.group_size,
+            INT64,
         )
-        receive = engine.low_latency_combine(request)
-        if not return_recv_hook:
-            receive()
-        event = _event(async_finish, (x, topk_idx, topk_weights))
+        with engine.active():
+            order = self._begin(framework, None, async_finish, [x, topk_idx, topk_weights])
+            out_view = given_out or self._allocate(framework, order)(out_shape, BFLOAT16)
+            request = LowLatencyCombineRequest(
+                data=data,
+                topk_idx=idx,
+                topk_weights=weights,
+                layout_range=layout_range,
+                shape=shape,
+                precision=precision,
+                is_zero_copy=zero_copy,
+                wait_stats=wait_stats,
+                has_hook=return_recv_hook,
+                out=out_view,
+            )
+            receive = engine.low_latency_combine(request)
+            if not return_recv_hook:
+                receive()
+            event = self._end(framework, order, (x, topk_idx, topk_weights, request))
         combined = framework.finish(out_view) if out is None else out
-        return combined, event, receive if return_recv_hook else None
+        hook = self._hook(framework, receive, request) if return_recv_hook else None
+        return combined, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, Any, int, int, int]) -> Any:
         """Return the slab memory that the next low_latency_combine sends from with zero_copy=True.
@@ -258,7 +303,8 @@ class LowLatencyCalls:
         engine = self._open()
         _, shape = self._open_handle(handle)
         framework = writable_framework(framework_of(handle[0], "handle[0]"), self._place.device)
-        return framework.finish(engine.next_combine_buffer(shape))
+        with engine.active():
+            return framework.finish(engine.next_combine_buffer(shape))
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -275,7 +321,7 @@ class LowLatencyCalls:
         rank = arguments.whole_number(rank_to_mask, "rank_to_mask", 0)
         if rank >= self.group_size:
             raise InvalidArgument(f"rank_to_mask is {rank}; it must be below {self.group_size}.")
-        engine.set_masked(rank, bool(mask))
+        self._set_masked(engine, [rank], bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
         """Write which ranks are masked: ``mask_status [num_ranks] int32``, 1 for a masked rank."""
@@ -283,13 +329,21 @@ class LowLatencyCalls:
         status = _optional_stats(mask_status, "mask_status", self._place, self.group_size, INT32)
         if status is None:
             raise InvalidArgument("mask_status is None; pass a [num_ranks] int32 array to write.")
-        status.numpy()[...] = engine.masked_ranks()
+        framework = framework_of(mask_status, "mask_status")
+        with engine.active():
+            order = self._begin(framework, None, False, [])
+            engine.copy_masks(status)
+            self._end(framework, order, mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Unmask every rank."""
         engine = self._open_mask()
-        for rank in range(self.group_size):
-            engine.set_masked(rank, False)
+        self._set_masked(engine, range(self.group_size), False)
+
+    def _set_masked(self, engine: Engine, ranks: Sequence[int], is_masked: bool) -> None:
+        with engine.active():
+            for rank in ranks:
+                engine.set_masked(rank, is_masked)
 
     def _open_mask(self) -> Engine:
         engine = self._open()
@@ -332,10 +386,6 @@ def _optional_stats(
     if array is None:
         return None
     return view_of(array, name, place, shape=(size,), dtypes=dtypes, is_output=True)
-
-
-def _event(async_finish: bool, keep: Any) -> EventOverlap:
-    return EventOverlap(EventHandle.passed(), (keep,)) if async_finish else EventOverlap()
 
 
 def _rows_innermost(view: ArrayView) -> ArrayView:

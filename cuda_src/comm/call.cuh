@@ -20,9 +20,27 @@
 
 namespace epcomm::comm {
 
-enum Phase : i32 { kArrival = 1, kCounts, kLists, kStagedRows, kCombineRows };
+enum Phase : i32 {
+  kArrival = 1,
+  kCounts,
+  kLists,
+  kStagedRows,
+  kCombineRows,
+  kReceived,
+  kLowLatencyTables,
+  kLowLatencyRows,
+};
 
-enum Failure : i32 { kNoFailure = 0, kTimeout, kPeerGaveUp, kMismatch, kTooManyRows, kBadExpert };
+enum Failure : i32 {
+  kNoFailure = 0,
+  kTimeout,
+  kPeerGaveUp,
+  kMismatch,
+  kTooManyRows,
+  kBadExpert,
+  kExpertTwice,
+  kLowLatencyMismatch,
+};
 
 // In host memory that the device can write; the host reads it when something may have failed.
 struct FailureRecord {
@@ -85,7 +103,8 @@ __device__ __forceinline__ u32 begin(const Call& call) {
   return *static_cast<volatile u32*>(&call.state->epoch) + 1;
 }
 
-__device__ __forceinline__ bool has_failed(const Call& call) {
+template <typename AnyCall>
+__device__ __forceinline__ bool has_failed(const AnyCall& call) {
   return *static_cast<volatile u32*>(&call.state->has_failed) != 0;
 }
 
@@ -96,7 +115,8 @@ __device__ __forceinline__ bool may_begin(const Call& call) {
 }
 
 // Writes the record, once; later failures of the same Buffer follow from the first.
-__device__ inline void report(const Call& call, Failure failure, Phase phase, u32 peer,
+template <typename AnyCall>
+__device__ inline void report(const AnyCall& call, Failure failure, Phase phase, u32 peer,
                               u32 expected, u32 seen) {
   if (atomicExch(&call.state->has_failed, 1u) != 0) return;
   volatile FailureRecord* record = call.record;
@@ -108,10 +128,11 @@ __device__ inline void report(const Call& call, Failure failure, Phase phase, u3
   record->failure = failure;
 }
 
-__device__ inline void abort_peers(const Call& call) {
+template <typename AnyCall>
+__device__ inline void abort_peers(const AnyCall& call) {
   for (u32 peer = 0; peer < kNumRanks; ++peer) {
     if (peer != call.rank) {
-      ptx::st_release_sys_u64(slab::abort_cell(call.slabs, peer), 1 + call.rank);
+      ptx::st_release_sys_u64(abort_cell(call.slabs, peer), 1 + call.rank);  // of either slab
     }
   }
 }

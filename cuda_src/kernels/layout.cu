@@ -6,6 +6,7 @@
 // Grid: one block. It counts in shared memory, so that nothing has to be zeroed before.
 // No peer takes part.
 #include "comm/call.cuh"
+#include "comm/choices.cuh"
 #include "common/types.cuh"
 
 namespace epcomm {
@@ -24,11 +25,6 @@ struct LayoutParams {
 
 static_assert(sizeof(LayoutParams) == kLayoutParamsBytes, "epcomm/engines/cuda_params.py differs");
 
-__device__ __forceinline__ i64 choice_at(const void* topk_idx, u32 is_64_bit, u64 index) {
-  return is_64_bit ? static_cast<const i64*>(topk_idx)[index]
-                   : i64(static_cast<const i32*>(topk_idx)[index]);
-}
-
 }  // namespace epcomm
 
 extern "C" __global__ void __launch_bounds__(1024, 1)
@@ -45,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     u32 ranks = 0;
     for (u32 k = 0; k < params.num_topk; ++k) {
       const i64 expert =
-          choice_at(params.topk_idx, params.is_64_bit, u64(token) * params.num_topk + k);
+          comm::choice_at(params.topk_idx, params.is_64_bit, u64(token) * params.num_topk + k);
       if (expert == -1) continue;
       if (expert < -1 || expert >= i64(params.num_experts)) {
         params.record->failure = comm::kBadExpert;

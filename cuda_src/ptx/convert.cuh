@@ -1,4 +1,4 @@
-// fp32 sums, and conversions between fp32 and the 16-bit formats, two values a word; all round to
+// fp32 sums, products and quotients, and conversions between fp32 and shorter formats; all round to
 // nearest even. As assembly, because the compiler is run with options that flush subnormals in its
 // own arithmetic, and sums have to be the same bits as on the host.
 #pragma once
@@ -14,6 +14,18 @@ __device__ __forceinline__ float add_rn_f32(float a, float b) {
   float sum;
   asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
   return sum;
+}
+
+__device__ __forceinline__ float mul_rn_f32(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+
+__device__ __forceinline__ float div_rn_f32(float a, float b) {
+  float quotient;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
 }
 
 // The lower half of the word gets the first value.

@@ -32,6 +32,17 @@ __device__ __forceinline__ void st_relaxed_sys_u32(u32* address, u32 value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
+// For cells that tell by their value that they have arrived, and order nothing else.
+__device__ __forceinline__ u64 ld_relaxed_sys_u64(const u64* address) {
+  u64 value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void st_relaxed_sys_u64(u64* address, u64 value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
 __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }

@@ -253,6 +253,7 @@ class LowLatencyDispatchRequest:
         fp8: What is sent.
         recv_stats: ``[num_local_experts] int32``, received rows are added; or None.
         wait_stats: ``[num_ranks] int64``, microseconds waited are added; or None.
+        has_hook: Whether ``receive`` is called later, and not at once.
         allocate: Makes the outputs.
     """
 
@@ -262,6 +263,7 @@ class LowLatencyDispatchRequest:
     fp8: Fp8Format
     recv_stats: ArrayView | None
     wait_stats: ArrayView | None
+    has_hook: bool
     allocate: Allocate
 
 
@@ -299,6 +301,7 @@ class LowLatencyCombineRequest:
         precision: What is sent.
         is_zero_copy: Whether ``data`` is the engine's own next combine buffer.
         wait_stats: As in dispatch.
+        has_hook: As in dispatch.
         out: ``[num_tokens, hidden] bf16`` to write.
     """
 
@@ -310,6 +313,7 @@ class LowLatencyCombineRequest:
     precision: CombinePrecision
     is_zero_copy: bool
     wait_stats: ArrayView | None
+    has_hook: bool
     out: ArrayView
 
 
@@ -375,8 +379,8 @@ class Engine(Protocol):
         """Return this rank's own slab, ``[num_bytes] uint8``."""
         ...
 
-    def masked_ranks(self) -> list[bool]:
-        """Return, by rank, whether low-latency calls go on without it."""
+    def copy_masks(self, out: ArrayView) -> None:
+        """Write, by rank, 1 where low-latency calls go on without it: ``[num_ranks] int32``."""
         ...
 
     def set_masked(self, rank: int, is_masked: bool) -> None:

@@ -39,6 +39,7 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
+from epcomm.engines.cuda_low_latency import CudaLowLatency
 from epcomm.errors import CommTimeout, InvalidArgument, UnsupportedConfig
 from epcomm.gpus import has_bulk_copies
 from epcomm.group import Group
@@ -96,6 +97,8 @@ class CudaEngine:
         topology: Their nodes.
         device: This rank's GPU.
         num_bytes: Bytes to reserve for throughput calls; grows when a call needs more.
+        num_low_latency_bytes: The same for low-latency calls.
+        can_mask: Whether low-latency calls mask ranks that do not answer.
         num_sms: Gives the multiprocessors of a call without a config.
         timeout_s: Deadline of every wait, in seconds.
         buffer_id: Marks the handles of this engine's Buffer.
@@ -109,6 +112,8 @@ class CudaEngine:
         topology: Topology,
         device: int,
         num_bytes: int,
+        num_low_latency_bytes: int,
+        can_mask: bool,
         num_sms: Callable[[], int],
         timeout_s: float,
         buffer_id: int,
@@ -146,6 +151,18 @@ class CudaEngine:
             self._areas = _first_areas(group.size, num_bytes)
             self._slabs = self._make_slabs()
             self._call = self._make_call()
+            self._low_latency = CudaLowLatency(
+                group,
+                device,
+                num_low_latency_bytes,
+                num_blocks=self._num_low_latency_blocks,
+                record=self._record,
+                timeout_s=timeout_s,
+                can_mask=can_mask,
+                stream=lambda: self._stream,
+                is_capturing=lambda: self._is_capturing,
+                before_growth=self._settle,
+            )
 
     def _make_slabs(self) -> CudaSlabs:
         areas = self._areas
@@ -170,7 +187,7 @@ class CudaEngine:
 
     def slab_bytes(self) -> int:
         """See `Engine.slab_bytes`."""
-        return self._areas.num_bytes
+        return self._areas.num_bytes + self._low_latency.slab_bytes()
 
     def comm_stream(self) -> Any:
         """See `Engine.comm_stream`: a cupy.cuda.Stream."""
@@ -179,7 +196,7 @@ class CudaEngine:
     def local_memory(self, is_low_latency: bool) -> ArrayView:
         """See `Engine.local_memory`."""
         if is_low_latency:
-            raise _no_low_latency()
+            return self._low_latency.local_memory()
         # Rows only: what lies before them are the cells that calls keep step with.
         first, size = self._areas.stage_offset, self._areas.num_bytes - self._areas.stage_offset
         return ArrayView(
@@ -260,6 +277,10 @@ class CudaEngine:
         """Wait for the call in hand, and all before it."""
         cupy.cuda.runtime.streamSynchronize(self._stream.ptr)
         self._wait_all()
+
+    def _settle(self) -> None:
+        self._wait_call()
+        self._raise_failures()
 
     def _raise_failures(self) -> None:
         error = cuda_failures.error_in(
@@ -608,8 +629,7 @@ class CudaEngine:
         if self._is_capturing:
             raise self._no_room(needed)
         # Peers may still use this slab: each has to be done before the old slabs go.
-        self._wait_call()
-        self._raise_failures()
+        self._settle()
         old = self._slabs
         self._areas = self._areas.merged_with(needed)
         self._slabs = self._make_slabs()
@@ -618,25 +638,44 @@ class CudaEngine:
 
     # --- low latency ---------------------------------------------------------------------------
 
+    def _num_low_latency_blocks(self) -> int:
+        # Ranks that are threads of one process share their GPU at the same time, and wait for one
+        # another; processes take turns on it.
+        num_ranks = self._group.size
+        most = self._num_multiprocessors // (num_ranks if self._slabs.has_neighbour else 1)
+        # As many for each source: a block that has rows of two finds their places one by one.
+        return max(1, most // num_ranks * num_ranks)
+
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
         """See `Engine.low_latency_dispatch`."""
-        raise _no_low_latency()
+        _check_aligned(request.data, "x")
+        return self._low_latency.dispatch(request)
 
     def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
         """See `Engine.low_latency_combine`."""
-        raise _no_low_latency()
+        _check_aligned(request.data, "x")
+        _check_aligned(request.out, "out")
+        return self._low_latency.combine(request)
 
     def next_combine_buffer(self, shape: LowLatencyShape) -> ArrayView:
         """See `Engine.next_combine_buffer`."""
-        raise _no_low_latency()
+        return self._low_latency.next_combine_buffer(shape)
 
-    def masked_ranks(self) -> list[bool]:
-        """See `Engine.masked_ranks`."""
-        raise _no_low_latency()
+    def copy_masks(self, out: ArrayView) -> None:
+        """See `Engine.copy_masks`."""
+        self._low_latency.copy_masks(out)
 
     def set_masked(self, rank: int, is_masked: bool) -> None:
-        """See `Engine.set_masked`."""
-        raise _no_low_latency()
+        """See `Engine.set_masked`: behind what the caller's current stream holds."""
+        order = StreamOrder(
+            current_stream=streams.current_stream(),
+            waits_for_current=True,
+            previous_event=None,
+            is_async=False,
+        )
+        self.begin(order)
+        self._low_latency.set_masked(rank, is_masked)
+        self.end(order, None)
 
     def close(self, is_collective: bool) -> None:
         """See `Engine.close`."""
@@ -648,6 +687,7 @@ class CudaEngine:
             self._kept.clear()
             self._captured.clear()
             self._slabs.close(is_collective)
+            self._low_latency.close(is_collective)
 
 
 def current_device() -> int:
@@ -695,10 +735,3 @@ def _check_aligned(view: ArrayView, name: str) -> None:
             f"{name} begins at an address that is not a multiple of 16 bytes; pass a copy of it: "
             f"{name}.clone() or {name}.copy()."
         )
-
-
-def _no_low_latency() -> UnsupportedConfig:
-    return UnsupportedConfig(
-        "the cuda engine has no low-latency calls yet; use dispatch and combine (num_worst_tokens "
-        "makes them capturable in a CUDA graph), or engine='host' with CPU arrays."
-    )

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from epcomm.arrays import DTYPES
-from epcomm.cuda_layout import AGREED
+from epcomm.cuda_layout import AGREED, LOW_LATENCY_AGREED
 from epcomm.errors import CommTimeout, EpcommError, InvalidArgument, RankMismatch
 
 #: Calls by the number that their header carries.
 CALLS = ("", "dispatch", "dispatch with a handle", "combine")
 CALL_INDEX = {name: index for index, name in enumerate(CALLS)}
+LOW_LATENCY_CALLS = ("", "low_latency_dispatch", "low_latency_combine")
+LOW_LATENCY_CALL_INDEX = {name: index for index, name in enumerate(LOW_LATENCY_CALLS)}
 
 # As the enums of comm/call.cuh.
 _TIMEOUT, _PEER_GAVE_UP, _MISMATCH, _TOO_MANY_ROWS, _BAD_EXPERT = range(1, 6)
+_EXPERT_TWICE, _LOW_LATENCY_MISMATCH = 6, 7
 _PHASES = {
     1: "arrival",
     2: "dispatch: counts",
     3: "dispatch: lists",
     4: "dispatch: staged rows",
     5: "combine: rows",
+    6: "low latency: hooks of an earlier call",
+    7: "low latency: choices",
+    8: "low latency: rows",
 }
 
 
@@ -50,7 +58,14 @@ def error_in(
         return CommTimeout(phase, rank, [peer], timeout_s, detail)
     record["failure"] = 0
     if failure == _MISMATCH:
-        return _mismatch(record, num_ranks)
+        return _mismatch(record, num_ranks, AGREED, CALLS)
+    if failure == _LOW_LATENCY_MISMATCH:
+        return _mismatch(record, num_ranks, LOW_LATENCY_AGREED, LOW_LATENCY_CALLS)
+    if failure == _EXPERT_TWICE:
+        return InvalidArgument(
+            "topk_idx chooses an expert twice for one token; low-latency calls have room for one "
+            "row a (token, expert), so a token's choices must differ. The later one was left out."
+        )
     if failure == _TOO_MANY_ROWS:
         return InvalidArgument(
             f"num_worst_tokens is {int(record['expected'])} on rank {peer}, but "
@@ -63,13 +78,15 @@ def error_in(
     )
 
 
-def _mismatch(record: npt.NDArray[np.void], num_ranks: int) -> RankMismatch:
-    name = AGREED[int(record["field"])]
+def _mismatch(
+    record: npt.NDArray[np.void], num_ranks: int, agreed: Sequence[str], calls: Sequence[str]
+) -> RankMismatch:
+    name = agreed[int(record["field"])]
     values: list[int] = record["values"].tolist()
 
     def shown(value: int) -> str:
         if name == "call":
-            return CALLS[value] if 0 <= value < len(CALLS) else str(value)
+            return calls[value] if 0 <= value < len(calls) else str(value)
         if name.endswith("dtype") and 0 <= value < len(DTYPES):
             return DTYPES[value].name
         return str(value)

@@ -159,20 +159,112 @@ COMBINE = np.dtype(
     align=True,
 )
 
+#: Device memory that a rank's low-latency calls count in.
+LOW_LATENCY_STATE = np.dtype(
+    [
+        ("epoch", np.uint32),
+        ("num_finished_blocks", np.uint32),
+        ("has_failed", np.uint32),
+        ("padding", np.uint32),
+        ("slot_epoch", np.uint32, (2,)),
+        ("slot_masked", np.uint32, (2,)),
+        ("waited_us", np.uint32, (MAX_RANKS,)),
+        ("verdicts", np.uint64, (MAX_RANKS,)),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_SHAPE = np.dtype(
+    [
+        (name, np.uint32)
+        for name in (
+            *("kind", "num_max_tokens", "hidden", "num_experts", "num_topk", "format"),
+            *("num_tokens", "num_parts"),
+        )
+    ],
+    align=True,
+)
+
+LOW_LATENCY_CALL = np.dtype(
+    [
+        ("base", _PTR, (MAX_RANKS,)),
+        ("rows_bytes", np.uint64),
+        ("shape", LOW_LATENCY_SHAPE),
+        ("state", _PTR),
+        ("record", _PTR),
+        ("masks", _PTR),
+        ("ticket", _PTR),
+        ("wait_stats", _PTR),
+        ("timeout_ns", np.uint64),
+        ("rank", np.uint32),
+        ("phases", np.uint32),
+        ("can_mask", np.uint32),
+        ("padding", np.uint32),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_DISPATCH = np.dtype(
+    [
+        ("call", LOW_LATENCY_CALL),
+        ("rows", _PTR),
+        ("topk_idx", _PTR),
+        ("recv_rows", _PTR),
+        ("recv_scales", _PTR),
+        ("recv_count", _PTR),
+        ("src_info", _PTR),
+        ("layout_range", _PTR),
+        ("recv_stats", _PTR),
+        ("is_64_bit", np.uint32),
+        ("num_scales", np.uint32),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_COMBINE = np.dtype(
+    [
+        ("call", LOW_LATENCY_CALL),
+        ("rows", _PTR),
+        ("topk_idx", _PTR),
+        ("topk_weights", _PTR),
+        ("layout_range", _PTR),
+        ("out", _PTR),
+        ("is_64_bit", np.uint32),
+        ("padding", np.uint32),
+    ],
+    align=True,
+)
+
+
+def _codes(dtype: np.dtype[Any]) -> str:
+    """Return struct's codes of all fields, nested ones and subarrays spread out."""
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        return _codes(base) * int(np.prod(shape, dtype=int))
+    if dtype.fields is None:
+        return dtype.char.replace("L", "Q").replace("l", "q")
+    return "".join(_codes(dtype.fields[name][0]) for name in dtype.names or ())
+
 
 @cache
-def _packer(dtype: np.dtype[Any]) -> struct.Struct:
-    """Return the packer of all fields behind ``call``, which is the first."""
-    fields = dtype.fields
-    assert fields is not None
-    codes = []
-    for name in dtype.names[1:] if dtype.names else ():
-        base, shape = fields[name][0].base, fields[name][0].shape
-        codes.append(f"{int(np.prod(shape, dtype=int)) if shape else ''}{base.char}")
-    packer = struct.Struct("=" + "".join(codes).replace("L", "Q").replace("l", "q"))
-    if CALL.itemsize + packer.size != dtype.itemsize:
-        raise TypeError(f"struct {dtype.names} has padding; reorder or pad its fields")
+def _packer(dtype: np.dtype[Any], first: int) -> struct.Struct:
+    """Return the packer of all fields but the first ones."""
+    names = dtype.names or ()
+    fields: Any = dtype.fields or {}
+    packer = struct.Struct("=" + "".join(_codes(fields[name][0]) for name in names[first:]))
+    if sum(fields[name][0].itemsize for name in names[:first]) + packer.size != dtype.itemsize:
+        raise TypeError(f"struct {names} has padding; reorder or pad its fields")
     return packer
+
+
+def pack_all(dtype: np.dtype[Any], values: Sequence[int]) -> npt.NDArray[np.void]:
+    """Return a kernel's argument from the values of all its fields, nested ones spread out."""
+    return _plain(_packer(dtype, 0).pack(*values))
+
+
+def _plain(data: bytes) -> npt.NDArray[np.void]:
+    # As plain bytes: CuPy would take the fields of a structured dtype apart at each launch.
+    return np.frombuffer(data, np.dtype((np.void, len(data)))).reshape(())
 
 
 def pack(
@@ -189,9 +281,7 @@ def pack(
         values: Every field behind ``call``, in order, subarrays spread out.
     """
     head = call[:_HEADER_OFFSET] + header + call[_HEADER_OFFSET + len(header) :]
-    # As plain bytes: CuPy would take the fields of a structured dtype apart at each launch.
-    data = head + _packer(dtype).pack(*values)
-    return np.frombuffer(data, np.dtype((np.void, len(data)))).reshape(())
+    return _plain(head + _packer(dtype, 1).pack(*values))
 
 
 _HEADER_OFFSET: int = CALL.fields["header"][1] if CALL.fields else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from epcomm.jit.kernels import MAX_FETCH_WARPS, RING_LAG, CombineShape
+from epcomm.cuda_layout import MAX_LOW_LATENCY_TOKENS
+from epcomm.jit.kernels import MAX_FETCH_WARPS, RING_LAG, CombineShape, LowLatencyGrid
 
 #: Shared memory that a block's rings may take, in bytes.
 MAX_RING_BYTES = 220 * 1024
@@ -18,6 +19,11 @@ _NOTE_BYTES = 8
 # Sums wait for memory, so many warps help; each rank's row in flight takes registers.
 _COMBINE_THREADS = {1: 1024, 2: 1024, 3: 1024, 4: 1024, 5: 768}
 _MANY_RANKS_THREADS = 640
+
+#: How blocks of low-latency calls divide their work. Not measured yet.
+LOW_LATENCY_GRID = LowLatencyGrid(num_groups=10, group_warps=2, chunk_entries=1024)
+#: Bytes that a warp moves in one access.
+GRANULE_BYTES = 512
 
 
 def ring_bytes(num_warps: int, num_stages: int, piece_bytes: int) -> int:
@@ -64,3 +70,22 @@ def combine_shapes(num_ranks: int) -> tuple[CombineShape, ...]:
         )
         for num_send_warps, num_stages in ((3, 2), (4, 2))
     )
+
+
+def low_latency_parts(
+    row_bytes: int, num_rows: int, num_tokens: int, num_blocks: int, grid: LowLatencyGrid
+) -> int:
+    """Return the parts that rows are cut into, so that few rows keep many groups busy.
+
+    Args:
+        row_bytes: Bytes of a row as it crosses, scales apart.
+        num_rows: Rows that a rank has in hand, about.
+        num_tokens: Tokens of this rank.
+        num_blocks: Blocks of the kernel.
+        grid: How these divide their work.
+    """
+    granules = -(-row_bytes // GRANULE_BYTES)
+    most = -(-granules // grid.group_warps)
+    most = min(most, MAX_LOW_LATENCY_TOKENS // max(1, num_tokens))  # each part has a flag
+    wanted = max(1, min(most, num_blocks * grid.num_groups // max(1, num_rows)))
+    return -(-granules // -(-granules // wanted))

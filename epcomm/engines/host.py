@@ -439,9 +439,9 @@ class HostEngine:
         """See `Engine.next_combine_buffer`."""
         return self._low_latency.next_combine_buffer(shape)
 
-    def masked_ranks(self) -> list[bool]:
-        """See `Engine.masked_ranks`."""
-        return [bool(masked) for masked in self._board.masked]
+    def copy_masks(self, out: ArrayView) -> None:
+        """See `Engine.copy_masks`."""
+        out.numpy()[...] = self._board.masked
 
     def set_masked(self, rank: int, is_masked: bool) -> None:
         """See `Engine.set_masked`."""

@@ -197,7 +197,7 @@ class HostLowLatency:
             "num_tokens": len(idx),
         }
         # Before any peer is touched: without memory nothing has begun.
-        result, scales_view = _allocate_result(request)
+        result, scales_view = allocate_result(request)
         said, _ = self._board.agree(_DISPATCH, values, on_missing=self._on_missing())
         call = self._begin(name, shape)
         start = self._slot_start(call, shape)
@@ -427,7 +427,7 @@ class _Pick:
         return total
 
 
-def _allocate_result(
+def allocate_result(
     request: LowLatencyDispatchRequest,
 ) -> tuple[dict[str, ArrayView], ArrayView | None]:
     """Make the outputs of a dispatch, and its scales where there are any."""

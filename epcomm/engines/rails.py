@@ -474,9 +474,9 @@ class RailsEngine:
         """See `Engine.next_combine_buffer`; refused."""
         raise self._not_between_nodes("get_next_low_latency_combine_buffer")
 
-    def masked_ranks(self) -> list[bool]:
-        """See `Engine.masked_ranks`: none."""
-        return [False] * len(self._topology.node_of_rank)
+    def copy_masks(self, out: ArrayView) -> None:
+        """See `Engine.copy_masks`: nobody is masked."""
+        out.numpy()[...] = 0
 
     def set_masked(self, rank: int, is_masked: bool) -> None:
         """See `Engine.set_masked`; refused."""

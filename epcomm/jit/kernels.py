@@ -113,6 +113,56 @@ def combine_spec(num_ranks: int, has_bulk: bool, dtype: str, shape: CombineShape
     return _spec("combine", num_ranks, own)
 
 
+@dataclass(frozen=True)
+class LowLatencyGrid:
+    """How a block of the low-latency kernels divides its work.
+
+    Attributes:
+        num_groups: Groups of a block, at most 15; each moves a part of a row at a time.
+        group_warps: Warps of a group.
+        chunk_entries: Choices that a block has in hand at a time, at least 32.
+    """
+
+    num_groups: int
+    group_warps: int
+    chunk_entries: int
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return self.num_groups * self.group_warps * 32
+
+
+@cache
+def low_latency_dispatch_spec(num_ranks: int, is_fp8: bool, grid: LowLatencyGrid) -> KernelSpec:
+    """Return the spec of low_latency_dispatch.cu."""
+    own = {
+        "kLowLatencyDispatchParamsBytes": cuda_params.LOW_LATENCY_DISPATCH.itemsize,
+        "kIsFp8": int(is_fp8),
+    }
+    return _low_latency_spec("low_latency_dispatch", num_ranks, grid, own)
+
+
+@cache
+def low_latency_combine_spec(num_ranks: int, grid: LowLatencyGrid) -> KernelSpec:
+    """Return the spec of low_latency_combine.cu."""
+    own = {"kLowLatencyCombineParamsBytes": cuda_params.LOW_LATENCY_COMBINE.itemsize}
+    return _low_latency_spec("low_latency_combine", num_ranks, grid, own)
+
+
+def _low_latency_spec(
+    name: str, num_ranks: int, grid: LowLatencyGrid, own: Mapping[str, int]
+) -> KernelSpec:
+    common = {
+        "kLowLatencyStateBytes": cuda_params.LOW_LATENCY_STATE.itemsize,
+        "kNumGroups": grid.num_groups,
+        "kGroupWarps": grid.group_warps,
+        "kChunkEntries": grid.chunk_entries,
+        **cuda_layout.low_latency_constants(num_ranks),
+    }
+    return _spec(name, num_ranks, {**common, **own})
+
+
 def _spec(name: str, num_ranks: int, own: Mapping[str, int]) -> KernelSpec:
     constants = {**cuda_layout.constants(num_ranks), **own}
     return KernelSpec(name, tuple(sorted(constants.items())))
@@ -131,3 +181,6 @@ def all_specs(has_bulk: bool) -> Iterator[KernelSpec]:
         for dtype in COMBINE_DTYPES:
             for shape in cuda_tuning.combine_shapes(num_ranks):
                 yield combine_spec(num_ranks, has_bulk, dtype, shape)
+        for is_fp8 in (False, True):
+            yield low_latency_dispatch_spec(num_ranks, is_fp8, cuda_tuning.LOW_LATENCY_GRID)
+        yield low_latency_combine_spec(num_ranks, cuda_tuning.LOW_LATENCY_GRID)

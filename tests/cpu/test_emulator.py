@@ -7,18 +7,19 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from emulator.__main__ import FOUND
 from emulator.build import EmulatorError, Toolchain, pointer
 from emulator.cases import CASES, WATCHED_CASES, Case, Inputs, make_inputs, run_case, run_round
 from emulator.faults import FAULTS, Fault
+from emulator.low_latency import WATCHED_CASES as WATCHED_LOW_LATENCY_CASES
 from emulator.world import Handle, Rank, World
 from ranks import oracle
 
@@ -31,31 +32,11 @@ TESTS = Path(__file__).resolve().parents[1]
 RACE = 66
 #: ThreadSanitizer wants memory where it expects it.
 FIXED_ADDRESSES = ("setarch", "--addr-no-randomize")
-#: How long compiled kernels are kept.
-KEPT_S = 24 * 3600
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64",
     reason="the emulator's fibers need g++ and an x86-64 processor",
 )
-
-
-@pytest.fixture(scope="session")
-def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder where compiled kernels stay from run to run."""
-    if pytestconfig.cache is None:
-        return tmp_path_factory.mktemp("emulator")
-    folder = Path(pytestconfig.cache.mkdir("emulator"))
-    for library in folder.glob("*.so"):
-        if time.time() - library.stat().st_mtime > KEPT_S:
-            library.unlink()
-    return folder
-
-
-@pytest.fixture(scope="session")
-def toolchain(cache: Path) -> Toolchain:
-    """Return what compiles and launches kernels."""
-    return Toolchain(cache)
 
 
 # --- right results -----------------------------------------------------------------------------
@@ -262,10 +243,12 @@ def skip_without_thread_sanitizer() -> None:
         pytest.skip(why_no_thread_sanitizer())
 
 
-@pytest.mark.parametrize("case", WATCHED_CASES, ids=lambda case: case.name)
-def test_thread_sanitizer_finds_no_race(case: Case, cache: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [case.name for case in (*WATCHED_CASES, *WATCHED_LOW_LATENCY_CASES)]
+)
+def test_thread_sanitizer_finds_no_race(name: str, cache: Path) -> None:
     skip_without_thread_sanitizer()
-    done = run_program(case.name, cache, is_watched=True)
+    done = run_program(name, cache, is_watched=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -314,10 +297,11 @@ extern "C" __global__ void epcomm_probe(const unsigned params) {{
 
 _CONVERSIONS = """
 #include "ptx/convert.cuh"
+#include "ptx/e4m3.cuh"
 
 struct Params {
   const float* in;
-  unsigned short* out[2];
+  unsigned short* out[3];
   float* wide;
   unsigned number;
 };
@@ -326,6 +310,7 @@ extern "C" __global__ void epcomm_probe(const Params params) {
   for (unsigned i = 0; i < params.number; ++i) {
     params.out[0][i] = epcomm::ptx::cvt_rn_bf16x2_f32(0.0f, params.in[i]) >> 16;
     params.out[1][i] = epcomm::ptx::cvt_rn_f16x2_f32(params.in[i], 0.0f);
+    params.out[2][i] = epcomm::ptx::cvt_rn_satfinite_e4m3x2_f32(0.0f, params.in[i]) >> 8;
     params.wide[i] = epcomm::ptx::cvt_f32_f16(params.out[1][i]);
   }
 }
@@ -375,14 +360,16 @@ def test_conversions_round_to_nearest_even(cache: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(3).integers(0, 1 << 32, 50_000, np.uint32).view(np.float32)
     # All values, all ties between neighbours, and any others.
     values = np.concatenate([finite, (finite[1:] + finite[:-1]) / 2, random[~np.isnan(random)]])
-    out = np.zeros((2, len(values)), np.uint16)
+    out = np.zeros((3, len(values)), np.uint16)
     wide = np.zeros(len(values), np.float32)
-    layout = [("in", "u8"), ("out", "u8", (2,)), ("wide", "u8"), ("number", "u4")]
+    layout = [("in", "u8"), ("out", "u8", (3,)), ("wide", "u8"), ("number", "u4")]
     params = np.zeros((), np.dtype(layout, align=True))
     params["in"], params["wide"] = pointer(values), pointer(wide)
     params["out"], params["number"] = [pointer(part) for part in out], len(values)
     launch_probe(_CONVERSIONS, params, cache, tmp_path)
     with np.errstate(over="ignore"):
         want = [values.astype(dtype).view(np.uint16) for dtype in (oracle.BFLOAT16, np.float16)]
-    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(out[:2], want)
+    fp8 = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(out[2], fp8)
     np.testing.assert_array_equal(wide, out[1].view(np.float16).astype(np.float32))

@@ -11,13 +11,23 @@ import sys
 import time
 from pathlib import Path
 
+from emulator import cases, low_latency
 from emulator.build import EmulatorError, Toolchain
-from emulator.cases import CASES, WATCHED_CASES, run_case
 from emulator.world import CallFailed
 from epcomm.jit.sources import source_dir
 
 #: The process's end when something is wrong with the kernels.
 FOUND = 3
+
+
+def run_case(
+    case: cases.Case | low_latency.Case, toolchain: Toolchain, seed: int, timeout_s: float
+) -> None:
+    """Run a case of either kind."""
+    if isinstance(case, low_latency.Case):
+        low_latency.run_case(case, toolchain, seed=seed, timeout_s=timeout_s)
+    else:
+        cases.run_case(case, toolchain, seed=seed, timeout_s=timeout_s)
 
 
 def main() -> int:
@@ -33,13 +43,15 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=60.0, help="deadline of waits, in s")
     args = parser.parse_args()
     toolchain = Toolchain(args.cache, args.sources, is_sanitized=args.watched)
-    for case in WATCHED_CASES if args.watched else CASES:
+    plain = (*cases.CASES, *low_latency.CASES)
+    watched = (*cases.WATCHED_CASES, *low_latency.WATCHED_CASES)
+    for case in watched if args.watched else plain:
         if args.case and case.name not in args.case:
             continue
         begin = time.monotonic()
         try:
             for seed in range(args.seeds):
-                run_case(case, toolchain, seed=seed, timeout_s=args.timeout)
+                run_case(case, toolchain, seed, args.timeout)
         except (AssertionError, CallFailed, EmulatorError) as error:
             print(f"{case.name}, seed {seed}: {type(error).__name__}: {error}")
             return FOUND

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from emulator import low_latency
 from emulator.cases import WATCHED_CASES
 
 
@@ -30,7 +31,10 @@ class Fault:
     @property
     def is_watched(self) -> bool:
         """Whether ThreadSanitizer finds it."""
-        return self.case in (WATCHED, WATCHED_LOADS_AND_STORES)
+        return self.case in (
+            *(WATCHED, WATCHED_LOADS_AND_STORES),
+            *(WATCHED_DECODING, WATCHED_HOOKS),
+        )
 
     def plant(self, sources: Path, target: Path) -> None:
         """Copy the sources with the fault in them.
@@ -50,8 +54,12 @@ class Fault:
 
 
 WATCHED, WATCHED_LOADS_AND_STORES = (case.name for case in WATCHED_CASES)
+WATCHED_DECODING, WATCHED_HOOKS = (case.name for case in low_latency.WATCHED_CASES)
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
+_LOW_LATENCY, _FP8 = "comm/low_latency.cuh", "comm/fp8.cuh"
+_LL_DISPATCH = "kernels/low_latency_dispatch.cu"
+_LL_COMBINE = "kernels/low_latency_combine.cu"
 
 FAULTS = (
     Fault(
@@ -246,5 +254,162 @@ FAULTS = (
         "add(ptx::ld_no_allocate_vec16(params.bias[1] + out_row + at), sums);",
         "add(ptx::ld_no_allocate_vec16(params.bias[0] + out_row + at), sums);",
         "two ranks",
+    ),
+    Fault(
+        "low latency: slots are written before peers have received",
+        _LOW_LATENCY,
+        "if (waits && !is_there(kReceived, seen, last)) {",
+        "if (false && waits && !is_there(kReceived, seen, last)) {",
+        "four ranks, hooks",
+    ),
+    Fault(
+        "low latency: a block that is behind waits for an epoch that has passed",
+        _LOW_LATENCY,
+        "return phase == kReceived ? is_reached(seen, epoch) : seen == epoch;",
+        "return seen == epoch;",
+        "two ranks, bf16",
+    ),
+    Fault(
+        "low latency: tables of earlier calls are taken",
+        _LOW_LATENCY,
+        "return phase == kReceived ? is_reached(seen, epoch) : seen == epoch;",
+        "return phase == kLowLatencyTables || is_reached(seen, epoch);",
+        "two ranks, bf16",
+    ),
+    Fault(
+        "low latency: a kernel forgets to count its epoch",
+        _LOW_LATENCY,
+        "    state.epoch = round.epoch;",
+        "    state.epoch = round.epoch - 1;",
+        "two ranks, bf16",
+    ),
+    Fault(
+        "low latency: a kernel that only receives takes the latest epoch",
+        _LOW_LATENCY,
+        "*static_cast<const volatile u32*>(call.ticket);",
+        "state.epoch;",
+        "four ranks, hooks",
+    ),
+    Fault(
+        "low latency: what one lane acquired is not the warp's",
+        _LOW_LATENCY,
+        "  __syncwarp();  // a shuffle orders no memory",
+        "  // a shuffle orders no memory",
+        WATCHED_DECODING,
+    ),
+    Fault(
+        "low latency: tokens before a chunk are counted again",
+        _LOW_LATENCY,
+        "counted = token = next;",
+        "token = next;",
+        "most choices",
+    ),
+    Fault(
+        "low latency: a token's choices are taken backwards",
+        _LOW_LATENCY,
+        "choices[__popc(here & ((1u << lane) - 1))] = own;",
+        "choices[__popc(here >> lane) - 1] = own;",
+        "most choices",
+    ),
+    Fault(
+        "low latency: choices are placed while others are still read",
+        _LOW_LATENCY,
+        "  const u32 here = __ballot_sync(kFullWarp, is_here);\n  __syncwarp();\n",
+        "  const u32 here = __ballot_sync(kFullWarp, is_here);\n",
+        WATCHED_DECODING,
+    ),
+    Fault(
+        "fp8: a block's largest value is that of half of it",
+        _FP8,
+        "step < kCastLanes; step",
+        "step < kCastLanes / 2; step",
+        "two ranks, fp8",
+    ),
+    Fault(
+        "fp8: blocks of zeros divide by zero",
+        _FP8,
+        "u32 largest = 0x38d1b717;",
+        "u32 largest = 0;",
+        "two ranks, fp8",
+    ),
+    Fault(
+        "fp8: powers of two are rounded down",
+        _FP8,
+        "(scale >> 23) + ((scale & 0x7fffff) != 0 ? 1 : 0)",
+        "(scale >> 23)",
+        "three ranks, packed",
+    ),
+    Fault(
+        "low-latency dispatch: a flag is raised before all lanes have written",
+        _LL_DISPATCH,
+        "    comm::group_barrier();\n",
+        "",
+        "three ranks, odd rows",
+    ),
+    Fault(
+        "low-latency dispatch: a flag without release",
+        _LL_DISPATCH,
+        "ptx::st_release_sys_u32("
+        "slab::flags(call.slabs, lane_index(), round.slot, call.rank) + item,\n"
+        "                              round.epoch);",
+        "slab::flags(call.slabs, lane_index(), round.slot, call.rank)[item] = round.epoch;",
+        WATCHED_DECODING,
+    ),
+    Fault(
+        "low-latency dispatch: rows are not waited for",
+        _LL_DISPATCH,
+        "comm::await_part(call, round, part.source, part.source, part.item());",
+        "comm::Outcome::kArrived;",
+        "two ranks, fp8",
+    ),
+    Fault(
+        "low-latency dispatch: parts wait for the first part's flag",
+        _LL_DISPATCH,
+        "part.source, part.source, part.item());",
+        "part.source, part.source, part.token * part.num_parts);",
+        "three ranks, packed",
+    ),
+    Fault(
+        "low-latency dispatch: sources begin where the one before them does",
+        _LL_DISPATCH,
+        "s < source; ++s) begin",
+        "s + 1 < source; ++s) begin",
+        "three ranks, packed",
+    ),
+    Fault(
+        "low-latency dispatch: one place behind the rows is not marked",
+        _LL_DISPATCH,
+        "row = end + threadIdx.x;",
+        "row = end + 1 + threadIdx.x;",
+        "two ranks, bf16",
+    ),
+    Fault(
+        "low-latency combine: a flag is raised before all lanes have written",
+        _LL_COMBINE,
+        "  comm::group_barrier();\n",
+        "",
+        "three ranks, odd rows",
+    ),
+    Fault(
+        "low-latency combine: what one lane acquired is not the warp's",
+        _LL_COMBINE,
+        "  __syncwarp();  // a vote orders no memory",
+        "  // a vote orders no memory",
+        WATCHED_DECODING,
+    ),
+    Fault(
+        "low-latency combine: weights are off",
+        _LL_COMBINE,
+        "sums[j].add(v[j], ptx::as_float(choice.weight));",
+        "sums[j].add(v[j], ptx::as_float(choice.weight + 1));",
+        "two ranks, bf16",
+    ),
+    Fault(
+        "low-latency combine: rows are not waited for",
+        _LL_COMBINE,
+        "    outcome = "
+        "comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;",
+        "    outcome = flag != nullptr ? comm::Outcome::kArrived : outcome;",
+        "two ranks, bf16",
     ),
 )

@@ -18,8 +18,25 @@ from epcomm.jit import kernels
 
 Array = npt.NDArray[Any]
 
-PHASES = {1: "arrival", 2: "counts", 3: "lists", 4: "staged rows", 5: "combine rows"}
-FAILURES = {1: "timeout", 2: "peer gave up", 3: "mismatch", 4: "too many rows", 5: "bad expert"}
+PHASES = {
+    1: "arrival",
+    2: "counts",
+    3: "lists",
+    4: "staged rows",
+    5: "combine rows",
+    6: "received",
+    7: "tables",
+    8: "low-latency rows",
+}
+FAILURES = {
+    1: "timeout",
+    2: "peer gave up",
+    3: "mismatch",
+    4: "too many rows",
+    5: "bad expert",
+    6: "expert twice",
+    7: "low-latency mismatch",
+}
 
 _GUARD_BYTES = 256
 _ALIGNMENT = 256

@@ -14,7 +14,10 @@ import contract
 import pytest
 from launch import Result, run_threads_of
 
-PROGRAMS = ("contract_dispatch", "contract_buffers", "contract_training")
+PROGRAMS = {
+    "throughput": ("contract_dispatch", "contract_buffers", "contract_training"),
+    "low-latency": ("contract_low_latency", "contract_slots"),
+}
 #: Frames, and the one on the CPU whose arrays have the same dtypes: their digests are equal.
 ON_CPU = {"cupy": "numpy", "torch-cuda": "numpy", "jax-cuda": "jax"}
 MODULES = {"cupy": "cupy", "torch-cuda": "torch", "jax-cuda": "jax"}
@@ -22,7 +25,18 @@ TIMEOUT_S = 85.0
 
 Digests = dict[str, list[str]]
 
-sizes = [pytest.param(n, marks=pytest.mark.gpu(n), id=str(n)) for n in (1, 2, 3, 4)]
+
+def runs(**sizes: tuple[int, ...]) -> pytest.MarkDecorator:
+    """Parametrize with a kind of programs and a number of ranks."""
+    kinds = {name.replace("_", "-"): numbers for name, numbers in sizes.items()}
+    params = [
+        pytest.param(kind, n, marks=pytest.mark.gpu(n), id=f"{kind}-{n}")
+        for kind, numbers in kinds.items()
+        for n in numbers
+    ]
+    return pytest.mark.parametrize(("kind", "num_ranks"), params)
+
+
 frames = pytest.mark.parametrize("frame", list(ON_CPU))
 pytestmark = pytest.mark.timeout(90)
 
@@ -34,50 +48,52 @@ def need(frame: str) -> None:
         pytest.skip("this torch was built without CUDA")
 
 
-def digests_in(result: Result, num_ranks: int) -> Digests:
+def digests_in(result: Result, kind: str, num_ranks: int) -> Digests:
     """Return each program's digests by rank."""
     found = re.findall(r"EPCOMM-DIGEST (\w+) (\d+) (\w+)", result.stdout)
     by_key = {(name, int(rank)): digest for name, rank, digest in found}
-    return {name: [by_key[name, rank] for rank in range(num_ranks)] for name in PROGRAMS}
+    return {name: [by_key[name, rank] for rank in range(num_ranks)] for name in PROGRAMS[kind]}
 
 
 @cache
-def on_threads(frame: str, num_ranks: int) -> Digests:
+def on_threads(frame: str, kind: str, num_ranks: int) -> Digests:
     """Run all programs with ranks as threads of a new process."""
-    arguments = (frame, "--threads", num_ranks, *PROGRAMS)
+    arguments = (frame, "--threads", num_ranks, *PROGRAMS[kind])
     result = run_threads_of("gpu_contract", num_ranks, *arguments, timeout_s=TIMEOUT_S)
-    return digests_in(result, num_ranks)
+    return digests_in(result, kind, num_ranks)
 
 
-def want(frame: str, num_ranks: int) -> Digests:
+def want(frame: str, kind: str, num_ranks: int) -> Digests:
     """Return the digests that the host engine gives, in this process."""
     if frame == "jax-cuda" and num_ranks != 2:
-        return on_threads(frame, num_ranks)  # JAX is slow on the CPU: one size will do
-    return {name: contract.run_as_threads(name, num_ranks, ON_CPU[frame]) for name in PROGRAMS}
+        return on_threads(frame, kind, num_ranks)  # JAX is slow on the CPU: one size will do
+    programs = PROGRAMS[kind]
+    return {name: contract.run_as_threads(name, num_ranks, ON_CPU[frame]) for name in programs}
 
 
-@pytest.mark.parametrize("num_ranks", sizes)
+@runs(throughput=(1, 2, 3, 4), low_latency=(1, 3))
 @frames
-def test_with_ranks_as_threads(frame: str, num_ranks: int) -> None:
+def test_with_ranks_as_threads(frame: str, kind: str, num_ranks: int) -> None:
     need(frame)
-    assert on_threads(frame, num_ranks) == want(frame, num_ranks)
+    assert on_threads(frame, kind, num_ranks) == want(frame, kind, num_ranks)
 
 
-@pytest.mark.parametrize("num_ranks", sizes)
+@runs(throughput=(1, 2, 3, 4), low_latency=(2, 4))
 @frames
 def test_under_mpi_with_the_same_bits(
-    mpiexec: Callable[..., Result], frame: str, num_ranks: int
+    mpiexec: Callable[..., Result], frame: str, kind: str, num_ranks: int
 ) -> None:
     need(frame)
-    result = mpiexec("gpu_contract", num_ranks, frame, *PROGRAMS, timeout_s=TIMEOUT_S)
-    assert digests_in(result, num_ranks) == want(frame, num_ranks)
+    result = mpiexec("gpu_contract", num_ranks, frame, *PROGRAMS[kind], timeout_s=TIMEOUT_S)
+    assert digests_in(result, kind, num_ranks) == want(frame, kind, num_ranks)
 
 
 @pytest.mark.gpu(1)
+@pytest.mark.parametrize("kind", list(PROGRAMS))
 @frames
-def test_two_ranks_on_one_gpu(mpiexec: Callable[..., Result], frame: str) -> None:
+def test_two_ranks_on_one_gpu(mpiexec: Callable[..., Result], frame: str, kind: str) -> None:
     """Processes take turns on the GPU, so every wait for a peer lasts a time slice."""
     need(frame)
     env = {"CUDA_VISIBLE_DEVICES": "0"}
-    result = mpiexec("gpu_contract", 2, frame, *PROGRAMS, timeout_s=TIMEOUT_S, env=env)
-    assert digests_in(result, 2) == want(frame, 2)
+    result = mpiexec("gpu_contract", 2, frame, *PROGRAMS[kind], timeout_s=TIMEOUT_S, env=env)
+    assert digests_in(result, kind, 2) == want(frame, kind, 2)

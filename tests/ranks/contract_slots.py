@@ -12,6 +12,7 @@ import oracle
 from common import Array, Checker, main, rng_of
 from contract_low_latency import (
     BF16,
+    E4M3,
     FP8,
     I32,
     Case,
@@ -103,8 +104,9 @@ def size_hint_is_enough(check: Checker) -> None:
             sent = send(check, buffer, case, 0)
             receive(check, sent)
             finish(check, send_back(check, buffer, sent))
-        check.equal("size of the low-latency slab", size_of(buffer), size)
-        check.equal("repr of the Buffer", repr(buffer), said)
+        with check.aside():  # engines differ in it
+            check.equal("size of the low-latency slab", size_of(buffer), size)
+            check.equal("repr of the Buffer", repr(buffer), said)
 
 
 def size_of(buffer: Buffer) -> int:
@@ -153,33 +155,35 @@ def _values(check: Checker, recv_x: Any, fp8: str) -> Array:
         if fp8 == "ue8m0":
             exponents = np.ascontiguousarray(scales).view(np.uint8).astype(np.float32) - 127
             scales = np.exp2(exponents)
+        data = data.view(E4M3)
         blocks = data.astype(np.float32).reshape(*scales.shape, 128) * scales[..., None]
         return oracle.round_to(np.ascontiguousarray(blocks).reshape(data.shape), BF16)
 
 
 def masked_rank_is_skipped(check: Checker) -> None:
-    """A rank that all others masked gives them nothing, and takes part again once unmasked."""
+    """A rank and all others mask each other, and take part together again once unmasked."""
     case = make_case(check, "masked-rank", (12, 5, 9), 12, 128, 4, 3, "uniform")
     masked = check.size // 2
     status = check.frame.make_writable(poison(np.empty(check.size, I32)))
     with check.buffer(enable_shrink=True) as buffer:
         for round_, is_masked in enumerate((False, True, True, False)):
             check.case = f"case {case.id}, round {round_}, {'' if is_masked else 'not '}masked"
-            if is_masked and check.rank != masked:
-                buffer.low_latency_update_mask_buffer(masked, True)
-            elif round_ == 3:
+            everyone = set(range(check.size))
+            skipped = {masked} if check.rank != masked else everyone - {masked}
+            if is_masked:
+                for rank in skipped:
+                    buffer.low_latency_update_mask_buffer(rank, True)
+            else:
+                skipped = set()
                 buffer.low_latency_clean_mask_buffer()
-            skipped = {masked} if is_masked and check.rank != masked else set()
             buffer.low_latency_query_mask_buffer(status)
             want = np.array([rank in skipped for rank in range(check.size)], I32)
             check.same("mask", check.frame.numpy(status), want)
             sent = send(check, buffer, case, round_, skipped=skipped)
             receive(check, sent)
-            # The others do not wait for the masked rank: it reads their slabs meanwhile.
+            # Ranks do not wait for those that they masked, which may read their slabs meanwhile.
             check.ranks.barrier()
-            back = send_back(check, buffer, sent, skipped=skipped)
-            if not is_masked or check.rank != masked:  # its own tokens reached nobody else
-                finish(check, back)
+            finish(check, send_back(check, buffer, sent, skipped=skipped))
             check.ranks.barrier()
 
 
@@ -211,7 +215,7 @@ def inputs_may_change_after_sending(check: Checker) -> None:
             x, idx, case.num_max, num_experts, return_recv_hook=True
         )
         for array in (x, idx):
-            poison(check.frame.numpy(array))
+            check.frame.overwrite(array)
         topk = [inputs.topk_idx for inputs in all_inputs(case, 0, check.size)]
         rows = oracle.expert_rows(topk, num_experts, check.rank)
         idx = check.make("topk_idx", mine.topk_idx)
@@ -224,7 +228,7 @@ def inputs_may_change_after_sending(check: Checker) -> None:
         combined, _, hook = buffer.low_latency_combine(
             experts, idx, weights, sent.handle, return_recv_hook=True
         )
-        poison(check.frame.numpy(experts))
+        check.frame.overwrite(experts)
         want = send_back(check, buffer, sent)
         finish(check, Combined(combined, hook, want.want))
         finish(check, want)

@@ -87,6 +87,10 @@ class NumpyFrame:
         """Fill a writable array with poison, after what is queued on the current stream."""
         poison(self.numpy(array))
 
+    def fill(self, array: Any, values: Array) -> None:
+        """Write values into a writable array, after what is queued on the current stream."""
+        self.numpy(array)[...] = values
+
     def synchronize(self) -> None:
         """Wait until all that this rank's device was given is done."""
 
@@ -264,6 +268,10 @@ class CupyFrame(NumpyFrame):
             stream = self._cupy.cuda.get_current_stream()
             array.data.memset_async(poison_byte(array.dtype), array.nbytes, stream)
 
+    def fill(self, array: Any, values: Array) -> None:
+        raw = np.dtype(f"u{array.dtype.itemsize}")
+        array.view(raw)[...] = self._cupy.asarray(np.ascontiguousarray(values).view(raw))
+
     def synchronize(self) -> None:
         self._cupy.cuda.runtime.deviceSynchronize()
 
@@ -297,6 +305,9 @@ class TorchCudaFrame(TorchFrame):
         if array.numel():  # empty ones have strides that view() refuses
             array.view(self._torch.uint8).fill_(poison_byte(self.numpy(array[:0]).dtype))
 
+    def fill(self, array: Any, values: Array) -> None:
+        array.copy_(self.make(values))
+
     def synchronize(self) -> None:
         self._torch.cuda.synchronize()
 
@@ -326,7 +337,15 @@ class JaxCudaFrame(JaxFrame):
 
     @property
     def writable(self) -> NumpyFrame:
+        import cupy
+
+        cupy.cuda.Device(self._gpu.index).use()  # JAX may have changed it
         return CupyFrame()
+
+    def numpy(self, array: Any) -> Array:
+        import cupy
+
+        return CupyFrame().numpy(array) if isinstance(array, cupy.ndarray) else np.asarray(array)
 
     def owns(self, array: Any, dtype: np.dtype[Any]) -> bool:
         if self.dtype(dtype) != dtype:

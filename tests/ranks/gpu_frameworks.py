@@ -33,7 +33,8 @@ class CupyGpu:
 
     def copy(self, to: Any, source: Any) -> None:
         """Overwrite an array in place, on the current stream."""
-        self._cupy.copyto(to, source)
+        raw = np.dtype(f"u{to.dtype.itemsize}")  # CuPy need not know the dtype
+        self._cupy.copyto(to.view(raw), source.view(raw))
 
     def zeros(self, num: int) -> Any:
         """Return ``[num] int64``."""

@@ -26,8 +26,11 @@ from contract_dispatch import (
     check_dispatch,
     check_repeated,
 )
+from contract_low_latency import Case as LowLatencyCase
+from contract_low_latency import finish, receive, send, send_back
 
 from epcomm import Buffer, as_group, run_threads
+from epcomm.engines.cuda import CudaEngine
 
 NUM_SMS = 4
 TIMEOUT_S = 300.0  # the sanitizer slows kernels down a lot
@@ -35,6 +38,10 @@ CASES = (
     Case("rows", (5, 3), 64, 2, 2, "some", F32),
     Case("pair", (7, 18), 32, 3, 2, "uniform", U8, scales=Scales(3, F32, "columns")),
     Case("worst", (4, 6), 64, 2, 2, "uniform", BF16, num_spare=3),
+)
+LOW_LATENCY_CASES = (
+    LowLatencyCase("fp8", (5, 3), 6, 640, 3, 4, "some"),
+    LowLatencyCase("by-expert", (4, 7), 7, 72, 4, 3, "uniform", "none", "expert"),
 )
 
 
@@ -54,10 +61,18 @@ def run(group: Any) -> None:
             check_combine(check, buffer, case, round_, sent)
             if case.num_spare is None:
                 check_repeated(check, buffer, case, round_, sent)
+        for round_, low_latency_case in enumerate(LOW_LATENCY_CASES):
+            check.case = low_latency_case.id
+            hooks = {"return_recv_hook": round_ == 1}
+            dispatched = send(check, buffer, low_latency_case, round_, **hooks)
+            receive(check, dispatched)
+            finish(check, send_back(check, buffer, dispatched, **hooks))
     sys.stdout.write(f"EPCOMM-OK {as_group(group).rank}\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
     Buffer.set_num_sms(NUM_SMS)
+    # The sanitizer takes its time for every thread.
+    CudaEngine._num_low_latency_blocks = lambda self: NUM_SMS  # type: ignore[method-assign]
     run_threads(run, int(sys.argv[1]))

@@ -1,8 +1,10 @@
 """Random rounds for a while: shapes, routing, dtypes, tuning numbers; every bit held to the oracle.
 
+Every fourth round is one of low-latency calls.
+
     gpu_soak.py [--seconds S] [--seed N] [--frame FRAME] [--engine ENGINE]
 
-Prints ``EPCOMM-ROUNDS n`` on rank 0: rounds of layout, dispatch and combine.
+Prints ``EPCOMM-ROUNDS n`` on rank 0: rounds of dispatch and combine.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from contract_dispatch import (
     check_repeated,
     for_frame,
 )
+from contract_low_latency import FP8, finish, receive, send, send_back
+from contract_low_latency import Case as LowLatencyCase
 from frames import FRAMES, MEMORY_ORDERS, poisoned_outputs
 
 from epcomm import Buffer
@@ -87,6 +91,37 @@ def run_round(check: Checker, buffer: Buffer, number: int, seed: int, is_reserve
     check_combine(check, buffer, case, round_, sent, has_weights=bool(rng.random() < 0.7))
 
 
+def random_low_latency_case(rng: Any, name: str, check: Checker) -> LowLatencyCase:
+    """Return a case of low-latency calls."""
+    fp8 = str(rng.choice([*FP8]))
+    step = {"none": 8, "ue8m0": 512}.get(fp8, 128)
+    most = int(rng.choice((1, 4, 16, 40)))
+    return LowLatencyCase(
+        id=name,
+        num_tokens=tuple(rng.integers(0, most + 1, check.size).tolist()),
+        num_max=most + int(rng.integers(0, 3)),
+        hidden=step * int(rng.integers(1, 2048 // step + 1)),
+        num_topk=int(rng.integers(1, 12)),
+        num_local=int(rng.integers(1, 17)),
+        routing=str(rng.choice([name for name in ROUTINGS if name != "repeats"])),
+        fp8=fp8,
+        precision=str(rng.choice(("rank", "expert"))),
+        idx_dtype=check.frame.dtype(rng.choice((I32, I64))),
+    )
+
+
+def run_low_latency_round(check: Checker, buffer: Buffer, number: int, seed: int) -> None:
+    """Check one random round of low-latency calls, with hooks or without."""
+    rng = rng_of("low-latency soak", seed, number)
+    case = random_low_latency_case(rng, f"soak {seed} {number}", check)
+    hooks = {"return_recv_hook": True} if check.frame.is_mutable and rng.random() < 0.5 else {}
+    check.case = f"{case}, {hooks}"
+    waiting = [send(check, buffer, case, round_, **hooks) for round_ in range(1 + len(hooks))]
+    for sent in waiting:
+        receive(check, sent)
+        finish(check, send_back(check, buffer, sent, **hooks))
+
+
 def soak(check: Checker, seconds: float, seed: int) -> int:
     """Run rounds until rank 0's time is up; return how many."""
     end, number, is_over = time.monotonic() + seconds, 0, False
@@ -95,7 +130,10 @@ def soak(check: Checker, seconds: float, seed: int) -> int:
         with check.buffer(NUM_BYTES if is_reserved else 0) as buffer:
             for _ in range(ROUNDS_A_BUFFER):
                 number += 1
-                run_round(check, buffer, number, seed, is_reserved)
+                if number % 4 == 0:
+                    run_low_latency_round(check, buffer, number, seed)
+                else:
+                    run_round(check, buffer, number, seed, is_reserved)
                 if number % ROUNDS_A_LOOK == 0:
                     # Rank 0 decides: clocks differ, and all have to make the same calls.
                     is_over = check.ranks.allgather(time.monotonic() > end)[0]

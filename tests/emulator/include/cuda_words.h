@@ -7,6 +7,7 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __noinline__ inline
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -102,7 +103,32 @@ T atomicExch(T* address, T value) {
   return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
+template <typename T>
+T atomicOr(T* address, T value) {
+  emulator::maybe_yield();
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
+
+template <typename T>
+T atomicMax(T* address, T value) {
+  emulator::maybe_yield();
+  T before = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (before < value && !__atomic_compare_exchange_n(address, &before, value, false,
+                                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
+
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
+  emulator::maybe_yield();
+  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+
 // NOTE: a fence that ThreadSanitizer does not know; only failure records rely on it.
 inline void __threadfence_system() { asm volatile("mfence" ::: "memory"); }
 
 // --- numbers -----------------------------------------------------------------------------------
+
+inline int __popc(unsigned word) { return __builtin_popcount(word); }

@@ -39,6 +39,8 @@ inline u32 cvt_rn_f16x2_f32(float low, float high) {
 }
 
 inline float add_rn_f32(float a, float b) { return a + b; }
+inline float mul_rn_f32(float a, float b) { return a * b; }
+inline float div_rn_f32(float a, float b) { return a / b; }
 
 inline float cvt_f32_f16(u16 half) {
   const u32 sign = (half & 0x8000u) << 16, size = half & 0x7fffu;

@@ -25,6 +25,16 @@ inline u32 ld_acquire_sys_u32(const u32* address) { return load_acquire(address)
 inline void st_release_sys_u64(u64* address, u64 value) { store_release(address, value); }
 inline void st_release_sys_u32(u32* address, u32 value) { store_release(address, value); }
 
+inline u64 ld_relaxed_sys_u64(const u64* address) {
+  emulator::poll();
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+
+inline void st_relaxed_sys_u64(u64* address, u64 value) {
+  __atomic_store_n(address, value, __ATOMIC_RELAXED);
+  emulator::maybe_nap();
+}
+
 inline u32 ld_acquire_cta_shared_u32(const u32* address) { return load_acquire(address); }
 inline void st_release_cta_shared_u32(u32* address, u32 value) { store_release(address, value); }
 

@@ -1,0 +1,317 @@
+// Brings experts' rows back to their tokens' ranks and sums them, weighted.
+//
+// In:   rows [local experts, num_recv_rows, hidden] bf16 and layout_range from dispatch; choices
+//       [num_tokens, num_topk] i32 or i64, weights [num_tokens, num_topk] f32 of this rank's
+//       tokens.
+// Out:  sums [num_tokens, hidden] bf16; waiting times are added to wait_stats.
+// Grid: at most as many blocks as fit at once, of kNumGroups groups of kGroupWarps warps.
+//
+// Every rank gets all tables of choices and weights, finds the rows of each source's tokens, and
+// sends into the slot at the source:
+//   by rank:   one row a token, in its own line: its experts' weighted rows summed in fp32, choices
+//              ascending, and rounded to bf16; the source sums ranks in fp32, ascending
+//   by expert: every expert's row as it is, in the choice's line; the source sums in fp32, choices
+//              ascending
+// The source rounds once more, to bf16. See comm/low_latency.cuh for the ordering.
+//
+// A source's own table tells it whom to wait for: what the caller passed may have changed by then.
+#include "comm/low_latency.cuh"
+#include "common/types.cuh"
+#include "ptx/convert.cuh"
+
+namespace epcomm {
+
+struct LowLatencyCombineParams {
+  comm::LowLatencyCall call;
+  const u8* rows;
+  const void* topk_idx;
+  const float* topk_weights;
+  const i64* layout_range;
+  u8* out;
+  u32 is_64_bit;
+  u32 padding;
+};
+
+static_assert(sizeof(LowLatencyCombineParams) == kLowLatencyCombineParamsBytes,
+              "epcomm/engines/cuda_params.py differs");
+
+// As epcomm.engines.base.CombinePrecision.
+enum Precision : u32 { kByRank = 0, kByExpert };
+
+__device__ __forceinline__ u32 row_bytes_of(const LowLatencyCombineParams& params) {
+  return params.call.shape.hidden * 2;
+}
+
+// Where a line's row of a token lies in the slot at the token's rank.
+__device__ __forceinline__ u8* slot_row(const LowLatencyCombineParams& params,
+                                        const comm::Round& round, u32 rank, u32 line, u32 token) {
+  const u64 index = line * params.call.shape.num_max_tokens + token;
+  return slab::rows(params.call.slabs, rank, round.slot) + index * row_bytes_of(params);
+}
+
+constexpr u32 kVecSize = 8;
+
+struct Sums {
+  float value[kVecSize] = {};
+
+  __device__ __forceinline__ void add(const Vec16& v) {
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      value[2 * i] = ptx::add_rn_f32(value[2 * i], ptx::as_float(v.word[i] << 16));
+      value[2 * i + 1] = ptx::add_rn_f32(value[2 * i + 1], ptx::as_float(v.word[i] & 0xffff0000u));
+    }
+  }
+
+  __device__ __forceinline__ void add(const Vec16& v, float weight) {
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      const float low = ptx::as_float(v.word[i] << 16);
+      const float high = ptx::as_float(v.word[i] & 0xffff0000u);
+      value[2 * i] = ptx::add_rn_f32(value[2 * i], ptx::mul_rn_f32(low, weight));
+      value[2 * i + 1] = ptx::add_rn_f32(value[2 * i + 1], ptx::mul_rn_f32(high, weight));
+    }
+  }
+
+  __device__ __forceinline__ Vec16 rounded() const {
+    Vec16 v;
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      v.word[i] = ptx::cvt_rn_bf16x2_f32(value[2 * i], value[2 * i + 1]);
+    }
+    return v;
+  }
+};
+
+// The vectors of a part that a thread of its group has: from first, kStep apart, below end.
+struct Vectors {
+  u32 first;
+  u32 end;
+};
+
+constexpr u32 kStep = kGroupWarps * comm::kGranuleBytes;
+
+__device__ __forceinline__ Vectors vectors_of(const LowLatencyCombineParams& params, u32 part,
+                                              u32 num_parts) {
+  const u32 row_bytes = row_bytes_of(params);
+  const comm::Granules granules = comm::granules_of(row_bytes, part, num_parts);
+  const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
+  return {granules.begin * comm::kGranuleBytes + thread * static_cast<u32>(sizeof(Vec16)),
+          min_of<u32>(granules.end * comm::kGranuleBytes, row_bytes)};
+}
+
+// --- sending -----------------------------------------------------------------------------------
+
+__device__ __forceinline__ const u8* expert_row(const LowLatencyCombineParams& params,
+                                                const comm::Choice& choice) {
+  const u64 index = u64(choice.expert) * comm::num_recv_rows(params.call) + choice.row;
+  return params.rows + index * row_bytes_of(params);
+}
+
+__device__ inline void send_sums(const LowLatencyCombineParams& params, const comm::Part& part,
+                                 u8* to) {
+  constexpr u32 kUnroll = 2;
+  const Vectors vectors = vectors_of(params, part.index, part.num_parts);
+  for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kStep) {
+    Sums sums[kUnroll];
+    for (u32 i = 0; i < part.num_choices; ++i) {
+      const comm::Choice& choice = part.choices[i];
+      if (choice.row == comm::kNoRow) continue;
+      const u8* row = expert_row(params, choice);
+      Vec16 v[kUnroll];
+#pragma unroll
+      for (u32 j = 0; j < kUnroll; ++j) {
+        if (at + j * kStep < vectors.end) v[j] = ptx::ld_no_allocate_vec16(row + at + j * kStep);
+      }
+#pragma unroll
+      for (u32 j = 0; j < kUnroll; ++j) {
+        if (at + j * kStep < vectors.end) sums[j].add(v[j], ptx::as_float(choice.weight));
+      }
+    }
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      if (at + j * kStep < vectors.end) {
+        ptx::st_no_allocate_vec16(to + at + j * kStep, sums[j].rounded());
+      }
+    }
+  }
+}
+
+__device__ inline void send_row(const LowLatencyCombineParams& params, const comm::Part& part,
+                                const comm::Choice& choice, u8* to) {
+  constexpr u32 kUnroll = 4;
+  const Vectors vectors = vectors_of(params, part.index, part.num_parts);
+  const bool is_here = choice.row != comm::kNoRow;
+  const u8* row = is_here ? expert_row(params, choice) : nullptr;
+  for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kStep) {
+    Vec16 v[kUnroll] = {};
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      if (is_here && at + j * kStep < vectors.end) {
+        v[j] = ptx::ld_no_allocate_vec16(row + at + j * kStep);
+      }
+    }
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      if (at + j * kStep < vectors.end) ptx::st_no_allocate_vec16(to + at + j * kStep, v[j]);
+    }
+  }
+}
+
+// Sends what this rank's experts have for a part of a source's token. By all threads of a group.
+__device__ inline void send_part(const LowLatencyCombineParams& params, const comm::Round& round,
+                                 const comm::Part& part) {
+  const comm::LowLatencyCall& call = params.call;
+  if (part.num_choices == 0) return;
+  const bool is_by_rank = call.shape.format == kByRank;
+  if (is_by_rank) {
+    send_sums(params, part, slot_row(params, round, part.source, call.rank, part.token));
+  } else {
+    for (u32 i = 0; i < part.num_choices; ++i) {
+      const comm::Choice& choice = part.choices[i];
+      send_row(params, part, choice, slot_row(params, round, part.source, choice.k, part.token));
+    }
+  }
+  comm::group_barrier();
+  if (comm::warp_in_group() != 0 || lane_index() >= (is_by_rank ? 1 : part.num_choices)) return;
+  const u32 line = is_by_rank ? call.rank : part.choices[lane_index()].k;
+  ptx::st_release_sys_u32(slab::flags(call.slabs, part.source, round.slot, line) + part.item(),
+                          round.epoch);
+}
+
+// --- receiving ---------------------------------------------------------------------------------
+
+// Lines that a token's rows come in, by lane: whom from, and with what weight.
+struct Line {
+  bool is_used;
+  u32 holder;
+  float weight;
+};
+
+// Reads a token's choices, as this rank sent them to itself. By all lanes of a warp.
+__device__ inline Line own_line(const LowLatencyCombineParams& params, const comm::Round& round,
+                                u32 token) {
+  const comm::LowLatencyCall& call = params.call;
+  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
+  u32 expert = ~0u, weight = 0;
+  if (lane < num_topk) {
+    const u64* cells = slab::table(call.slabs, call.rank, round.slot, call.rank) +
+                       (token * num_topk + lane) * slab::kEntryWords;
+    const comm::Awaited found[2] = {
+        comm::await(call, comm::kLowLatencyTables, call.rank, round.epoch, cells),
+        comm::await(call, comm::kLowLatencyTables, call.rank, round.epoch, cells + 1)};
+    if (found[0].outcome == comm::Outcome::kArrived) expert = found[0].word;
+    weight = found[1].word;
+  }
+  const bool is_chosen = static_cast<i32>(expert) >= 0;
+  const u32 holder = is_chosen ? expert / num_local_experts(call) : kNumRanks;
+  if (call.shape.format == kByExpert) return {is_chosen, holder, ptx::as_float(weight)};
+  u32 ranks = 0;
+#pragma unroll
+  for (u32 rank = 0; rank < kNumRanks; ++rank) {
+    if (__any_sync(kFullWarp, holder == rank)) ranks |= 1u << rank;
+  }
+  return {lane < kNumRanks && ((ranks >> lane) & 1) != 0, lane, 1.0f};
+}
+
+// Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
+__device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
+                                      const comm::Round& round, u32 item) {
+  const comm::LowLatencyCall& call = params.call;
+  const u32 num_parts = call.shape.num_parts, token = item / num_parts;
+  const Line line = own_line(params, round, token);
+  comm::Outcome outcome = comm::Outcome::kMissing;
+  if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
+    const u32* flag = slab::flags(call.slabs, call.rank, round.slot, lane_index()) + item;
+    outcome = comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;
+    if (outcome == comm::Outcome::kMissing) comm::mask(call, line.holder);
+  }
+  const u32 lines = __ballot_sync(kFullWarp, outcome == comm::Outcome::kArrived);
+  __syncwarp();  // a vote orders no memory: what one lane acquired, all will read
+  if (__any_sync(kFullWarp, outcome == comm::Outcome::kFailed)) return;
+  const u64 line_bytes = u64(call.shape.num_max_tokens) * row_bytes_of(params);
+  const u8* rows = slot_row(params, round, call.rank, 0, token);
+  u8* out = params.out + u64(token) * row_bytes_of(params);
+  const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
+  const bool is_by_rank = call.shape.format == kByRank;
+  // All lanes go round alike: weights come from other lanes.
+  for (u32 at = vectors.first; __any_sync(kFullWarp, at < vectors.end); at += kStep) {
+    const bool is_inside = at < vectors.end;
+    Sums sums;
+    if (is_by_rank) {
+      Vec16 v[kNumRanks];
+#pragma unroll
+      for (u32 rank = 0; rank < kNumRanks; ++rank) {
+        if (is_inside && (lines >> rank) & 1) {
+          v[rank] = ptx::ld_no_allocate_vec16(rows + rank * line_bytes + at);
+        }
+      }
+#pragma unroll
+      for (u32 rank = 0; rank < kNumRanks; ++rank) {
+        if (is_inside && (lines >> rank) & 1) sums.add(v[rank]);
+      }
+    } else {
+      for (u32 k = 0; k < call.shape.num_topk; ++k) {
+        const float weight = __shfl_sync(kFullWarp, line.weight, k);
+        if (is_inside && (lines >> k) & 1) {
+          sums.add(ptx::ld_no_allocate_vec16(rows + k * line_bytes + at), weight);
+        }
+      }
+    }
+    if (is_inside) ptx::st_no_allocate_vec16(out + at, sums.rounded());
+  }
+}
+
+// In shared memory.
+struct Sources {
+  comm::LowLatencyShape headers[kNumRanks];
+  comm::Arrivals arrivals;
+};
+
+// Waits for what sources say of their calls. By all threads; false, to all of them, where the call
+// may not go on.
+__device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call,
+                                          const comm::Round& round, Sources* sources) {
+  if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
+  __syncthreads();
+  const bool is_good =
+      comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals);
+  const u32 missing = sources->arrivals.missing;
+  if (threadIdx.x < kNumRanks && (missing >> threadIdx.x) & 1) comm::mask(call, threadIdx.x);
+  return is_good;
+}
+
+}  // namespace epcomm
+
+extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1)
+    epcomm_low_latency_combine(const __grid_constant__ epcomm::LowLatencyCombineParams params) {
+  using namespace epcomm;
+  extern __shared__ __align__(128) u8 shared_memory[];  // Span[local experts]
+  __shared__ Sources sources;
+  __shared__ comm::Chunk chunk;
+  const comm::LowLatencyCall& call = params.call;
+  __shared__ comm::Round round;
+  if (!comm::begin(call, &round)) return;
+  if (call.phases & comm::kSends) {
+    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
+  }
+  bool is_good = find_sources(call, round, &sources);
+  if (is_good && call.phases & comm::kSends) {
+    is_good = comm::for_each_part<true>(
+        call, round, ~(sources.arrivals.missing | round.masked), sources.headers,
+        reinterpret_cast<comm::Span*>(shared_memory), &chunk, &sources.arrivals,
+        [&](u32 source, u32 expert) {
+          const u64 range = static_cast<u64>(params.layout_range[expert * kNumRanks + source]);
+          const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
+          return comm::Span{begin, min_of(begin + count, comm::num_recv_rows(call))};
+        },
+        [&](const comm::Part& part) { send_part(params, round, part); });
+  }
+  if (is_good && call.phases & comm::kReceives) {
+    const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
+    for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
+         item += gridDim.x * kNumGroups) {
+      sum_part(params, round, item);
+    }
+  }
+  comm::finish(call, round);
+}

@@ -1,0 +1,406 @@
+"""Low-latency calls of the cuda engine: one kernel a call, or two where the caller has a hook.
+
+Nothing here waits for the device, or knows in which round a kernel runs: epochs live in device
+memory, so what is launched once may be replayed in a graph any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+import numpy.typing as npt
+
+from epcomm import cuda_layout
+from epcomm.arrays import BFLOAT16, ArrayView, Device, packed_strides
+from epcomm.cuda_slab import CudaSlabs
+from epcomm.engines import cuda_failures, cuda_params
+from epcomm.engines.base import (
+    CombinePrecision,
+    Fp8Format,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchResult,
+    LowLatencyShape,
+)
+from epcomm.engines.cuda_tuning import LOW_LATENCY_GRID, low_latency_parts
+from epcomm.engines.host_low_latency import allocate_result
+from epcomm.errors import InvalidArgument, TransportError
+from epcomm.fp8 import num_scales
+from epcomm.group import Group
+from epcomm.jit import kernels
+from epcomm.jit.launch import launch
+
+_NUM_SLOTS = 2
+# As in comm/low_latency.cuh.
+_SENDS, _RECEIVES = 1, 2
+_SPAN_BYTES, _COUNT_BYTES, _MASK_BYTES = 8, 4, 4
+_TICKET_BYTES, _NUM_TICKETS = 4, 1024
+
+
+class _Slab:
+    """One generation of slabs, and the device memory that its calls count in. Collective."""
+
+    def __init__(self, group: Group, device: int, rows_bytes: int, timeout_s: float) -> None:
+        self.rows_bytes = rows_bytes = -(-rows_bytes // 256) * 256
+        self.first_row = cuda_layout.low_latency_rows_offset(group.size)
+        num_bytes = cuda_layout.low_latency_slab_bytes(group.size, rows_bytes)
+        self.slabs = CudaSlabs(group, device, num_bytes, self.first_row, timeout_s)
+        self.bases = (*self.slabs.ptrs, *(0,) * (cuda_layout.MAX_RANKS - group.size))
+        self.state = cupy.zeros(cuda_params.LOW_LATENCY_STATE.itemsize, np.uint8)
+        cupy.cuda.runtime.deviceSynchronize()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What both kernels of a call share.
+
+    Attributes:
+        name: Of the Buffer's method.
+        slab: Where it runs.
+        spec: Its kernel.
+        params: Dtype of the kernel's argument.
+        shape: LowLatencyShape of comm/low_latency.cuh, in order.
+        shared_bytes: Dynamic shared memory of a block.
+    """
+
+    name: str
+    slab: _Slab
+    spec: kernels.KernelSpec
+    params: np.dtype[Any]
+    shape: tuple[int, ...]
+    shared_bytes: int
+
+
+class CudaLowLatency:
+    """The low-latency half of `CudaEngine`. Construction is collective.
+
+    Slabs grow when a call needs more. Old ones stay until the end: results that wait for their
+    hook, and captured graphs, go on using them, each generation with epochs of its own.
+
+    Args:
+        group: The ranks, all on one node.
+        device: This rank's GPU, current in this thread.
+        num_bytes: Bytes to reserve for both slots' rows.
+        num_blocks: Blocks of every kernel: all fit on the GPU at once.
+        record: FAILURE_RECORD in pinned memory, the engine's.
+        timeout_s: Deadline of every wait, in seconds.
+        can_mask: Whether ranks that do not answer are masked in place of failing.
+        stream: Gives the stream of the call in hand.
+        is_capturing: Tells whether that stream is being captured.
+        before_growth: Waits until this rank's calls are done, and raises what failed in them.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        device: int,
+        num_bytes: int,
+        num_blocks: Callable[[], int],
+        record: npt.NDArray[np.void],
+        timeout_s: float,
+        can_mask: bool,
+        stream: Callable[[], Any],
+        is_capturing: Callable[[], bool],
+        before_growth: Callable[[], None],
+    ) -> None:
+        self._group, self._device = group, device
+        self._num_blocks = num_blocks
+        self._record, self._timeout_s, self._can_mask = record, timeout_s, can_mask
+        self._stream, self._is_capturing = stream, is_capturing
+        self._before_growth = before_growth
+        self._num_calls = 0
+        #: Numbers of the calls whose hook was not called yet.
+        self._unreceived: set[int] = set()
+        self._tickets: list[int] = []
+        self._ticket_memory: list[Any] = []
+        self._add_tickets()  # now: a capture may not be able to
+        self._combine_buffers: list[Any] = []
+        self._masks = cupy.zeros(group.size, np.int32)
+        self._old: list[_Slab] = []
+        self._slab: _Slab | None = None
+        if num_bytes:
+            self._slab = self._new_slab(-(-num_bytes // _NUM_SLOTS))
+
+    def _new_slab(self, rows_bytes: int) -> _Slab:
+        return _Slab(self._group, self._device, rows_bytes, self._timeout_s)
+
+    def slab_bytes(self) -> int:
+        """Return the bytes that this rank holds."""
+        slabs = [*self._old, *([self._slab] if self._slab else [])]
+        return sum(slab.slabs.num_bytes for slab in slabs)
+
+    def local_memory(self) -> ArrayView:
+        """Return the rows of both slots: what lies before them are the cells of calls."""
+        slab = self._slab
+        size = _NUM_SLOTS * slab.rows_bytes if slab else 0
+        ptr = slab.slabs.ptrs[self._group.rank] + slab.first_row if slab else 0
+        return ArrayView(
+            ptr=ptr,
+            shape=(size,),
+            strides=(1,),
+            dtype=np.dtype(np.uint8),
+            device=Device("cuda", self._device),
+            is_readonly=False,
+            owner=slab.slabs if slab else None,
+        )
+
+    def close(self, is_collective: bool) -> None:
+        """Let go of the memory; no call may be running."""
+        for slab in [*self._old, *([self._slab] if self._slab else [])]:
+            slab.slabs.close(is_collective)
+        self._old.clear()
+        self._combine_buffers.clear()
+        self._slab = None
+
+    # --- one call ------------------------------------------------------------------------------
+
+    def _check_unreceived(self, name: str) -> None:
+        # The next call writes the slot of the one that was _NUM_SLOTS before it.
+        oldest = min(self._unreceived, default=self._num_calls + 1)
+        if oldest - 1 <= self._num_calls - _NUM_SLOTS:
+            raise InvalidArgument(
+                f"{name}: {len(self._unreceived)} earlier low-latency results wait for their hook, "
+                f"and there are {_NUM_SLOTS} slots; call the oldest hook() first. Nothing was sent."
+            )
+
+    def _make_room(self, name: str, shape: LowLatencyShape, num_topk: int, lines: int) -> _Slab:
+        _check_limits(shape, num_topk)
+        needed = cuda_layout.low_latency_rows_bytes(shape, lines)
+        slab = self._slab
+        if slab is not None and slab.rows_bytes >= needed:
+            return slab
+        hint = _NUM_SLOTS * needed
+        if self._is_capturing():
+            raise InvalidArgument(
+                f"{name} needs {hint} bytes of slots, which cannot grow while a graph is captured. "
+                f"Pass num_rdma_bytes={hint} or more when making the Buffer, see "
+                "get_low_latency_rdma_size_hint, or make the call once before. Nothing was sent."
+            )
+        self._before_growth()
+        if slab is not None and self._masks.get().any():
+            raise TransportError(
+                f"{name} needs {hint} bytes of slots, and they cannot grow while a rank is masked: "
+                f"growing takes all ranks. Pass num_rdma_bytes={hint} when making the Buffer."
+            )
+        # Every rank comes to the same decision: the shape is the same on all.
+        new = self._new_slab(needed)
+        if slab is not None:
+            self._old.append(slab)
+        self._slab = new
+        return new
+
+    def _start(
+        self,
+        call: _Call,
+        request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
+        own: tuple[int, ...],
+    ) -> Callable[[], None]:
+        """Launch a call's kernel, or the one that sends; return what receives.
+
+        Args:
+            call: The call.
+            request: What was asked for; alive as long as the function that comes back.
+            own: The params behind the common part, in order.
+        """
+        ticket = self._take_ticket() if request.has_hook else 0
+
+        def run(phases: int) -> None:
+            common = (
+                *call.slab.bases,
+                call.slab.rows_bytes,
+                *call.shape,
+                call.slab.state.data.ptr,
+                self._record.ctypes.data,
+                self._masks.data.ptr,
+                ticket,
+                0 if request.wait_stats is None else request.wait_stats.ptr,
+                int(self._timeout_s * 1e9),
+                *(self._group.rank, phases, int(self._can_mask), 0),
+            )
+            launch(
+                call.spec,
+                stream=self._stream(),
+                num_blocks=self._num_blocks(),
+                num_threads=LOW_LATENCY_GRID.num_threads,
+                params=cuda_params.pack_all(call.params, (*common, *own)),
+                shared_bytes=call.shared_bytes,
+            )
+
+        if not request.has_hook:
+            run(_SENDS | _RECEIVES)
+            self._num_calls += 1
+            return lambda: None
+        run(_SENDS)
+        self._num_calls += 1
+        number, is_captured = self._num_calls, self._is_capturing()
+        self._unreceived.add(number)
+
+        def receive() -> None:
+            if number not in self._unreceived:
+                raise InvalidArgument(
+                    f"{call.name}: this hook was called before; call each hook once."
+                )
+            run(_RECEIVES)
+            self._unreceived.discard(number)
+            if not is_captured:  # a graph goes on using its tickets
+                self._tickets.append(ticket)
+
+        return receive
+
+    def _take_ticket(self) -> int:
+        """Return device memory for the epoch of one call."""
+        if not self._tickets:
+            self._add_tickets()
+        return self._tickets.pop()
+
+    def _add_tickets(self) -> None:
+        memory = cupy.empty(_NUM_TICKETS * _TICKET_BYTES, np.uint8)
+        self._ticket_memory.append(memory)
+        ptr = memory.data.ptr
+        self._tickets += range(ptr, ptr + memory.nbytes, _TICKET_BYTES)
+
+    # --- dispatch ------------------------------------------------------------------------------
+
+    def dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
+        """See `Engine.low_latency_dispatch`."""
+        name = "low_latency_dispatch"
+        shape, fp8, idx = request.shape, request.fp8, request.topk_idx
+        self._check_unreceived(name)
+        num_tokens, num_topk = idx.shape
+        slab = self._make_room(name, shape, num_topk, shape.num_ranks)
+        is_fp8 = fp8 is not Fp8Format.NONE
+        result, scales = allocate_result(request)
+        call = _Call(
+            name=name,
+            slab=slab,
+            spec=kernels.low_latency_dispatch_spec(shape.num_ranks, is_fp8, LOW_LATENCY_GRID),
+            params=cuda_params.LOW_LATENCY_DISPATCH,
+            shape=(
+                cuda_failures.LOW_LATENCY_CALL_INDEX[name],
+                *(shape.num_max_tokens, shape.hidden, shape.num_experts),
+                *(num_topk, fp8.value, num_tokens),
+                self._num_parts(shape, num_tokens, 1 if is_fp8 else 2),
+            ),
+            shared_bytes=shape.num_local_experts * (_SPAN_BYTES + shape.num_ranks * _COUNT_BYTES),
+        )
+        own = (
+            *(request.data.ptr, idx.ptr, result["data"].ptr),
+            0 if scales is None else scales.ptr,
+            *(result[field].ptr for field in ("recv_count", "src_info", "layout_range")),
+            0 if request.recv_stats is None else request.recv_stats.ptr,
+            *(int(idx.dtype.itemsize == 8), num_scales(fp8, shape.hidden)),
+        )
+        receive = self._start(call, request, own)
+        return LowLatencyDispatchResult(scales=scales, receive=receive, **result)
+
+    def _num_parts(self, shape: LowLatencyShape, num_tokens: int, itemsize: int) -> int:
+        # Each rank has the rows of all ranks in hand: the others', too, when their tokens are as
+        # many as here.
+        return low_latency_parts(
+            shape.hidden * itemsize,
+            shape.num_ranks * num_tokens,
+            num_tokens,
+            self._num_blocks(),
+            LOW_LATENCY_GRID,
+        )
+
+    # --- combine -------------------------------------------------------------------------------
+
+    def combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
+        """See `Engine.low_latency_combine`."""
+        name = "low_latency_combine"
+        shape, idx = request.shape, request.topk_idx
+        self._check_unreceived(name)
+        if request.is_zero_copy:
+            self._check_zero_copy(request)
+        num_tokens, num_topk = idx.shape
+        is_by_rank = request.precision is CombinePrecision.RANK
+        lines = shape.num_ranks if is_by_rank else num_topk
+        slab = self._make_room(name, shape, num_topk, lines)
+        call = _Call(
+            name=name,
+            slab=slab,
+            spec=kernels.low_latency_combine_spec(shape.num_ranks, LOW_LATENCY_GRID),
+            params=cuda_params.LOW_LATENCY_COMBINE,
+            shape=(
+                cuda_failures.LOW_LATENCY_CALL_INDEX[name],
+                *(shape.num_max_tokens, shape.hidden, shape.num_experts),
+                *(num_topk, request.precision.value, num_tokens),
+                self._num_parts(shape, num_tokens, BFLOAT16.itemsize),
+            ),
+            shared_bytes=shape.num_local_experts * _SPAN_BYTES,
+        )
+        own = (
+            *(request.data.ptr, idx.ptr, request.topk_weights.ptr),
+            *(request.layout_range.ptr, request.out.ptr),
+            *(int(idx.dtype.itemsize == 8), 0),
+        )
+        return self._start(call, request, own)
+
+    def next_combine_buffer(self, shape: LowLatencyShape) -> ArrayView:
+        """See `Engine.next_combine_buffer`: memory of this GPU, made at the first use."""
+        sizes = (shape.num_local_experts, shape.num_recv_rows, shape.hidden)
+        num_bytes = int(np.prod(sizes)) * BFLOAT16.itemsize
+        if not self._combine_buffers or self._combine_buffers[-1].nbytes < num_bytes:
+            # Older ones stay: captured graphs may read them.
+            self._combine_buffers.append(cupy.empty(max(1, num_bytes), np.uint8))
+        memory = self._combine_buffers[-1]
+        return ArrayView(
+            ptr=memory.data.ptr,
+            shape=sizes,
+            strides=packed_strides(sizes, BFLOAT16),
+            dtype=BFLOAT16,
+            device=Device("cuda", self._device),
+            is_readonly=False,
+            owner=memory,
+        )
+
+    def _check_zero_copy(self, request: LowLatencyCombineRequest) -> None:
+        wanted = self._combine_buffers[-1].data.ptr if self._combine_buffers else 0
+        if request.data.ptr != wanted:
+            raise InvalidArgument(
+                "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "
+                "gives now; fill that one and pass it, or pass zero_copy=False."
+            )
+
+    # --- masks ---------------------------------------------------------------------------------
+
+    def copy_masks(self, out: ArrayView) -> None:
+        """See `Engine.copy_masks`: on the stream of the call."""
+        runtime = cupy.cuda.runtime
+        runtime.memcpyAsync(
+            out.ptr,
+            self._masks.data.ptr,
+            out.num_bytes,
+            runtime.memcpyDeviceToDevice,
+            self._stream().ptr,
+        )
+
+    def set_masked(self, rank: int, is_masked: bool) -> None:
+        """See `Engine.set_masked`: on the stream of the call."""
+        # One byte of a little-endian word.
+        ptr = self._masks.data.ptr + _MASK_BYTES * rank
+        cupy.cuda.runtime.memsetAsync(ptr, int(is_masked), 1, self._stream().ptr)
+
+
+def _check_limits(shape: LowLatencyShape, num_topk: int) -> None:
+    if shape.num_max_tokens > cuda_layout.MAX_LOW_LATENCY_TOKENS:
+        raise InvalidArgument(
+            f"num_max_dispatch_tokens_per_rank is {shape.num_max_tokens}; low-latency calls of the "
+            f"cuda engine take at most {cuda_layout.MAX_LOW_LATENCY_TOKENS}. Use dispatch and "
+            "combine for more."
+        )
+    if shape.num_local_experts > cuda_layout.MAX_LOCAL_EXPERTS:
+        raise InvalidArgument(
+            f"num_experts is {shape.num_experts}; the cuda engine takes at most "
+            f"{cuda_layout.MAX_LOCAL_EXPERTS} a rank."
+        )
+    if shape.hidden * BFLOAT16.itemsize % 16 or num_topk == 0:
+        raise InvalidArgument(
+            f"a row of {shape.hidden} bf16 must be a multiple of 16 bytes, and a token must have "
+            f"at least one choice, not {num_topk}."
+        )

@@ -1,0 +1,359 @@
+"""The low-latency kernels on the CPU: results, failures and masks. See tests/emulator."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from emulator.build import Toolchain, pointer
+from emulator.low_latency import (
+    CASES,
+    Case,
+    Inputs,
+    Rank,
+    World,
+    check_received,
+    make_inputs,
+    run_case,
+    run_round,
+    same,
+    wanted_sums,
+)
+
+from epcomm.cuda_layout import LOW_LATENCY_AGREED
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64",
+    reason="the emulator's fibers need g++ and an x86-64 processor",
+)
+
+_CASE = Case("failures", (7, 12, 5), 12)
+_LAST = _CASE.num_ranks - 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_calls_are_right_bit_by_bit(case: Case, toolchain: Toolchain) -> None:
+    run_case(case, toolchain)
+
+
+@pytest.fixture
+def world(toolchain: Toolchain) -> World:
+    """Return three ranks."""
+    return World(toolchain, _CASE)
+
+
+@pytest.fixture
+def inputs() -> list[Inputs]:
+    """Return what each rank passes."""
+    return [make_inputs(_CASE, 0, rank, 1) for rank in range(_CASE.num_ranks)]
+
+
+def test_two_shapes_share_the_slots(toolchain: Toolchain) -> None:
+    """Calls in turn, of other sizes and other most tokens, on memory that is not cleaned."""
+    small = Case("small", (2, 1, 3), 3, hidden=64, num_topk=2, num_local=1)
+    world = World(toolchain, _CASE, small)
+    for round_index in range(6):
+        case = (_CASE, small)[round_index % 2]
+        inputs = [make_inputs(case, round_index, rank, 2) for rank in range(case.num_ranks)]
+        world.run(partial(run_round, case, inputs))
+
+
+def test_epochs_wrap_around(toolchain: Toolchain, world: World) -> None:
+    """After the largest epoch comes none that memory may begin with."""
+    last = 2**32 - 3
+    for rank in world.ranks:
+        rank.state["epoch"] = last
+    for round_index in range(4):
+        inputs = [make_inputs(_CASE, round_index, rank, 3) for rank in range(_CASE.num_ranks)]
+        for rank in world.ranks:
+            if round_index == 0:
+                rank.state["slot_masked"] = 7  # nobody has received what was never sent
+        world.run(partial(run_round, _CASE, inputs))
+    assert [int(rank.state["epoch"]) for rank in world.ranks] == [7] * _CASE.num_ranks
+
+
+# --- failures ----------------------------------------------------------------------------------
+
+
+def send_only(world: World, inputs: list[Inputs], rank: Rank) -> None:
+    """Dispatch."""
+    rank.dispatch(_CASE, inputs[rank.rank].rows, inputs[rank.rank].topk_idx)
+
+
+def all_but_last(world: World, inputs: list[Inputs], rank: Rank) -> None:
+    """Dispatch on all ranks but one."""
+    if rank.rank != _LAST:
+        send_only(world, inputs, rank)
+
+
+def test_a_rank_that_never_comes_is_named(world: World, inputs: list[Inputs]) -> None:
+    world.run(partial(run_round, _CASE, inputs))
+    world.ranks[0].timeout_s = 0.2
+    first, second, _ = world.failures(partial(all_but_last, world, inputs))
+    assert first is not None
+    assert second is not None
+    assert (first.failure, first.phase, int(first.record["peer"])) == ("timeout", "tables", _LAST)
+    assert int(first.record["seen"]) < int(first.record["expected"]) == 3
+    assert (second.failure, second.phase) == ("peer gave up", "tables")
+    assert int(second.record["peer"]) == 0
+
+
+def test_a_late_rank_ends_too(world: World, inputs: list[Inputs]) -> None:
+    world.ranks[0].timeout_s = 0.2
+    early = world.failures(partial(all_but_last, world, inputs))
+    assert [error is None for error in early] == [False, False, True]
+
+    def late(rank: Rank) -> None:
+        if rank.rank == _LAST:
+            run_round(_CASE, inputs, rank)
+
+    last = world.failures(late)[_LAST]
+    assert last is not None
+    assert (last.failure, int(last.record["peer"])) == ("peer gave up", 0)
+
+
+def test_a_hook_that_is_never_called_ends_the_wait_for_it(
+    world: World, inputs: list[Inputs]
+) -> None:
+    """The third call waits for the first one's receivers, and says so."""
+    for rank in world.ranks:
+        rank.timeout_s = 0.3
+
+    def three(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        for _ in range(3):
+            rank.dispatch(_CASE, own.rows, own.topk_idx, has_hook=True)
+
+    for failed in world.failures(three):
+        assert failed is not None
+        assert failed.phase == "received"
+
+
+@pytest.mark.parametrize("call", ["dispatch", "combine"])
+@pytest.mark.parametrize("has_hook", [False, True])
+def test_disagreeing_ranks_learn_it_and_work_on(
+    call: str, has_hook: bool, world: World, inputs: list[Inputs]
+) -> None:
+    ranges = np.zeros((_CASE.num_local, _CASE.num_ranks), np.int64)
+    rows = np.zeros((_CASE.num_local, _CASE.num_rows, _CASE.hidden), inputs[0].rows.dtype)
+
+    def disagreeing(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        shape = {"num_max_tokens": 99 if rank.rank == 1 else _CASE.num_max}
+        if call == "dispatch":
+            _, receive = rank.dispatch(
+                _CASE, own.rows[:0], own.topk_idx[:0], has_hook=has_hook, shape=shape
+            )
+        else:
+            _, receive = rank.combine(
+                _CASE,
+                rows,
+                own.topk_idx[:0],
+                own.topk_weights[:0],
+                ranges,
+                has_hook=has_hook,
+                shape=shape,
+            )
+        receive()
+
+    for failed in world.failures(disagreeing):
+        assert failed is not None
+        assert failed.failure == "low-latency mismatch"
+        assert LOW_LATENCY_AGREED[int(failed.record["field"])] == LOW_LATENCY_AGREED[1]
+        assert failed.record["values"][:3].tolist() == [12, 99, 12]
+    if not (call == "combine" and has_hook):  # whose hook was not called: sending failed
+        world.run(partial(run_round, _CASE, inputs))
+
+
+def test_a_dispatch_that_meets_a_combine(world: World, inputs: list[Inputs]) -> None:
+    ranges = np.zeros((_CASE.num_local, _CASE.num_ranks), np.int64)
+    rows = np.zeros((_CASE.num_local, _CASE.num_rows, _CASE.hidden), inputs[0].rows.dtype)
+
+    def disagreeing(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        if rank.rank == 0:
+            rank.combine(_CASE, rows, own.topk_idx, own.topk_weights, ranges)
+        else:
+            rank.dispatch(_CASE, own.rows, own.topk_idx)
+
+    for failed in world.failures(disagreeing):
+        assert failed is not None
+        assert failed.failure == "low-latency mismatch"
+        assert failed.record["values"][:3].tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("choices", "failure"),
+    [((-2, 0, 1), "bad expert"), ((12, -1, 1), "bad expert"), ((4, 1, 4), "expert twice")],
+)
+def test_wrong_choices_are_reported_and_left_out(
+    choices: tuple[int, ...], failure: str, world: World, inputs: list[Inputs]
+) -> None:
+    wrong = inputs[0].topk_idx.copy()
+    wrong[2] = choices
+    right = wrong.copy()
+    right[2] = {"bad expert": [-1, max(-1, choices[1]), 1], "expert twice": [4, 1, -1]}[failure]
+    received = {}
+
+    def dispatch(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        idx = wrong if rank.rank == 0 else own.topk_idx
+        received[rank.rank], _ = rank.dispatch(_CASE, own.rows, idx, has_hook=False)
+
+    first, *others = world.failures(dispatch)
+    assert first is not None
+    assert first.failure == failure
+    assert others == [None, None]
+    seen = [replace(inputs[0], topk_idx=right), *inputs[1:]]
+    for rank in (1, 2):
+        check_received(_CASE, rank, received[rank], seen)
+
+
+def test_choices_that_were_not_dispatched_read_nothing_past_the_rows(
+    world: World, inputs: list[Inputs]
+) -> None:
+    """A layout_range without rows: nothing is read, and every sum is zero."""
+    ranges = np.full((_CASE.num_local, _CASE.num_ranks), (_CASE.num_rows + 5) << 32, np.int64)
+
+    def combine(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        sums, _ = rank.combine(
+            _CASE, rank.memory.empty("rows", (1, 1, 8), own.rows.dtype), own.topk_idx,
+            own.topk_weights, ranges,
+        )  # fmt: skip
+        same("sums", rank.rank, sums, np.zeros_like(sums))
+
+    world.run(combine)
+
+
+# --- masks -------------------------------------------------------------------------------------
+
+
+def test_masked_ranks_are_left_out_and_come_back(world: World) -> None:
+    """Two ranks and one, which mask each other; then all together again."""
+    for round_index, is_masked in enumerate((False, True, True, True, False, False)):
+        inputs = [make_inputs(_CASE, round_index, rank, 4) for rank in range(_CASE.num_ranks)]
+        for rank in world.ranks:
+            rank.can_mask = True
+            others = [_LAST] if rank.rank != _LAST else [0, 1]
+            rank.masks[others] = is_masked
+
+        def one(rank: Rank, inputs: list[Inputs] = inputs, is_masked: bool = is_masked) -> None:
+            others = [_LAST] if rank.rank != _LAST else [0, 1]
+            run_round(_CASE, inputs, rank, others if is_masked else ())
+
+        world.run(one)
+
+
+def test_a_rank_that_stops_answering_is_masked(world: World) -> None:
+    """The others go on with the rest, in the call that found it and in every later one."""
+    for rank in world.ranks:
+        rank.can_mask = True
+    inputs = [make_inputs(_CASE, 0, rank, 5) for rank in range(_CASE.num_ranks)]
+    world.run(partial(run_round, _CASE, inputs))
+    for rank in world.ranks:
+        rank.timeout_s = 0.3
+    for round_index in range(1, 4):
+        inputs = [make_inputs(_CASE, round_index, rank, 5) for rank in range(_CASE.num_ranks)]
+
+        def one(rank: Rank, inputs: list[Inputs] = inputs) -> None:
+            if rank.rank != _LAST:
+                run_round(_CASE, inputs, rank, [_LAST])
+
+        world.run(one)
+        for rank in world.ranks[:_LAST]:
+            assert rank.masks.tolist() == [0, 0, 1]
+
+
+def test_a_rank_that_is_gone_before_combine_is_masked(world: World) -> None:
+    inputs = [make_inputs(_CASE, 0, rank, 6) for rank in range(_CASE.num_ranks)]
+    for rank in world.ranks:
+        rank.can_mask = True
+    received = {}
+
+    def dispatch(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        received[rank.rank], _ = rank.dispatch(_CASE, own.rows, own.topk_idx)
+
+    world.run(dispatch)
+    for rank in world.ranks:
+        rank.timeout_s = 0.3
+
+    def combine(rank: Rank) -> None:
+        if rank.rank == _LAST:
+            return
+        own, got = inputs[rank.rank], received[rank.rank]
+        rows = np.zeros((_CASE.num_local, _CASE.num_rows, _CASE.hidden), own.rows.dtype)
+        for local in range(_CASE.num_local):
+            expert = rank.rank * _CASE.num_local + local
+            for source in range(_CASE.num_ranks):
+                begin, count = divmod(int(got.layout_range[local, source]), 1 << 32)
+                for row in range(begin, begin + count):
+                    token = got.src_info[local, row]
+                    k = inputs[source].topk_idx[token].tolist().index(expert)
+                    rows[local, row] = inputs[source].results[token, k]
+        sums, _ = rank.combine(_CASE, rows, own.topk_idx, own.topk_weights, got.layout_range)
+        same("sums", rank.rank, sums, wanted_sums(_CASE, own, [_LAST]))
+
+    world.run(combine)
+    assert world.ranks[0].masks.tolist() == [0, 0, 1]
+
+
+def test_rows_that_never_come_are_zeros(world: World) -> None:
+    """A rank that died between its table and its rows: the others mask it and go on."""
+    inputs = [make_inputs(_CASE, 0, rank, 7) for rank in range(_CASE.num_ranks)]
+    for rank in world.ranks:
+        rank.can_mask, rank.timeout_s = True, 0.3
+    received = {}
+
+    def dispatch(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        if rank.rank != _LAST:
+            received[rank.rank], _ = rank.dispatch(_CASE, own.rows, own.topk_idx)
+            return
+        # The table alone: its tokens' rows go nowhere, as it has masked the others by then.
+        for peer in world.ranks[:_LAST]:
+            write_table(world, peer, own.topk_idx)
+
+    world.run(dispatch)
+    blank = replace(inputs[_LAST], rows=np.zeros_like(inputs[_LAST].rows))
+    for rank in range(_LAST):
+        check_received(_CASE, rank, received[rank], [*inputs[:_LAST], blank])
+        assert world.ranks[rank].masks[_LAST] == 1
+
+
+def write_table(world: World, peer: Rank, topk_idx: np.ndarray) -> None:
+    """Write the last rank's header and table for the first call into a peer's slab."""
+    from epcomm.cuda_layout import low_latency_constants
+
+    offsets, epoch = low_latency_constants(world.num_ranks), 1
+    words = [1, _CASE.num_max, _CASE.hidden, _CASE.num_experts, _CASE.num_topk, 0, len(topk_idx), 1]
+    cells = peer.slab.view(np.uint64)
+    begin = offsets["kOffsetLowLatencyHeaders"] // 8 + (epoch % 2 * 8 + _LAST) * 8
+    cells[begin : begin + 8] = [(epoch << 32) | word for word in words]
+    entries = offsets["kMaxLowLatencyTokens"] * offsets["kMaxLowLatencyTopk"] * 2
+    begin = offsets["kOffsetLowLatencyTables"] // 8
+    begin += (epoch % 2 * world.num_ranks + _LAST) * entries
+    flat = topk_idx.ravel().astype(np.int64) & 0xFFFFFFFF
+    cells[begin : begin + 2 * flat.size : 2] = (np.uint64(epoch) << 32) | flat.astype(np.uint64)
+
+
+def test_waiting_is_told_in_microseconds(world: World, inputs: list[Inputs]) -> None:
+    waits = [np.array([10, 20, 30], np.int64) for _ in world.ranks]
+
+    def one(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        if rank.rank == 1:
+            import time
+
+            time.sleep(0.1)
+        rank.dispatch(_CASE, own.rows, own.topk_idx, wait_stats=waits[rank.rank])
+
+    world.run(one)
+    assert 80_000 < waits[0][1] - 20 < 5_000_000
+    assert waits[1][0] >= 10
+    assert pointer(waits[0])  # alive until here
