@@ -1,4 +1,4 @@
-// What both low-latency kernels do alike: epochs, tables of choices, waits, masks and the way out.
+// What both low-latency kernels do alike: epochs, slots, waits, masks and the way out.
 //
 // Epochs. A rank's calls are numbered in device memory; all ranks make the same calls in the same
 // order, so their numbers agree, in replayed graphs too. Everything that ranks wait for is a cell
