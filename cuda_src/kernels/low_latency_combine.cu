@@ -15,6 +15,7 @@
 // The source rounds once more, to bf16. See comm/low_latency.cuh for the ordering.
 //
 // A source's own table tells it whom to wait for: what the caller passed may have changed by then.
+#include "comm/choice_tables.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
 #include "ptx/convert.cuh"

@@ -15,6 +15,7 @@
 //
 // A source that is masked before its tables are seen gives nothing. One that dies between its table
 // and its rows leaves rows of zeros, in this call only.
+#include "comm/choice_tables.cuh"
 #include "comm/fp8.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"

@@ -57,7 +57,7 @@ WATCHED, WATCHED_LOADS_AND_STORES = (case.name for case in WATCHED_CASES)
 WATCHED_DECODING, WATCHED_HOOKS = (case.name for case in low_latency.WATCHED_CASES)
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
-_LOW_LATENCY, _FP8 = "comm/low_latency.cuh", "comm/fp8.cuh"
+_LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_COMBINE = "kernels/low_latency_combine.cu"
 
@@ -299,21 +299,21 @@ FAULTS = (
     ),
     Fault(
         "low latency: tokens before a chunk are counted again",
-        _LOW_LATENCY,
+        _TABLES,
         "counted = token = next;",
         "token = next;",
         "most choices",
     ),
     Fault(
         "low latency: a token's choices are taken backwards",
-        _LOW_LATENCY,
+        _TABLES,
         "choices[__popc(here & ((1u << lane) - 1))] = own;",
         "choices[__popc(here >> lane) - 1] = own;",
         "most choices",
     ),
     Fault(
         "low latency: choices are placed while others are still read",
-        _LOW_LATENCY,
+        _TABLES,
         "  const u32 here = __ballot_sync(kFullWarp, is_here);\n  __syncwarp();\n",
         "  const u32 here = __ballot_sync(kFullWarp, is_here);\n",
         WATCHED_DECODING,

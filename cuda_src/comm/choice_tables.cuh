@@ -1,0 +1,324 @@
+// Tables of choices, from which every rank of a low-latency call works out where all rows lie.
+//
+// A source tells every rank what its call is, and all its tokens' choices, each word in a cell
+// {epoch, word} of eight bytes, which arrives whole: no fence, and no flag behind it. No counts are
+// exchanged.
+#pragma once
+
+#include "comm/choices.cuh"
+#include "comm/low_latency.cuh"
+#include "common/types.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/memory.cuh"
+#include "slab/low_latency.cuh"
+
+namespace epcomm::comm {
+
+// --- headers and tables ------------------------------------------------------------------------
+
+__device__ __forceinline__ u64 cell_of(u32 epoch, u32 word) { return (u64(epoch) << 32) | word; }
+
+// This lane's choice of a token of this rank, -1 where it has none. What may not be chosen, and
+// what is chosen twice, is left out, and reported where asked for. By all lanes of a warp.
+__device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_idx, u32 is_64_bit,
+                                 u32 token, bool reports) {
+  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
+  const i64 given =
+      lane < num_topk ? choice_at(topk_idx, is_64_bit, u64(token) * num_topk + lane) : -1;
+  const bool is_bad = given < -1 || given >= i64(call.shape.num_experts);
+  const i32 expert = is_bad ? -1 : static_cast<i32>(given);
+  bool is_twice = false;
+  for (u32 earlier = 0; earlier + 1 < num_topk; ++earlier) {
+    const i32 other = __shfl_sync(kFullWarp, expert, earlier);
+    is_twice = is_twice || (earlier < lane && expert >= 0 && expert == other);
+  }
+  if (reports && (is_bad || is_twice)) {
+    volatile FailureRecord* record = call.record;
+    record->failure = is_bad ? kBadExpert : kExpertTwice;
+  }
+  return is_twice ? -1 : expert;
+}
+
+// Tells every peer what this call is and what its tokens choose; a block a peer. weights: null in
+// dispatch.
+__device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round& round,
+                                         const void* topk_idx, u32 is_64_bit,
+                                         const float* weights) {
+  const LowLatencyShape& shape = call.shape;
+  const u32 lane = lane_index();
+  // The last blocks, as they have the fewest rows to send.
+  for (u32 peer = gridDim.x - 1 - blockIdx.x; peer < kNumRanks; peer += gridDim.x) {
+    if ((round.masked >> peer) & 1) continue;
+    if (threadIdx.x < slab::kLowLatencyHeaderWords) {
+      const u32 word = reinterpret_cast<const u32*>(&shape)[threadIdx.x];
+      u64* cells = slab::header_cells(call.slabs, peer, round.slot, call.rank);
+      ptx::st_relaxed_sys_u64(cells + threadIdx.x, cell_of(round.epoch, word));
+    }
+    u64* table = slab::table(call.slabs, peer, round.slot, call.rank);
+    for (u32 token = warp_index(); token < shape.num_tokens; token += blockDim.x / kWarpSize) {
+      const u32 index = token * shape.num_topk + lane;
+      const bool has_weight = weights != nullptr && lane < shape.num_topk;
+      const u32 weight = has_weight ? ptx::as_bits(weights[index]) : 0;
+      const i32 expert = own_choice(call, topk_idx, is_64_bit, token, peer == call.rank);
+      if (lane >= shape.num_topk) continue;
+      u64* entry = table + index * slab::kEntryWords;
+      ptx::st_relaxed_sys_u64(entry, cell_of(round.epoch, static_cast<u32>(expert)));
+      if (has_weight) ptx::st_relaxed_sys_u64(entry + 1, cell_of(round.epoch, weight));
+    }
+  }
+}
+
+// What a block's threads found out about sources, as bits. In shared memory.
+struct Arrivals {
+  u32 missing;
+  u32 has_failed;
+};
+
+__device__ __forceinline__ void note(Arrivals* arrivals, u32 source, Outcome outcome) {
+  if (outcome == Outcome::kMissing) atomicOr(&arrivals->missing, 1u << source);
+  if (outcome == Outcome::kFailed) atomicOr(&arrivals->has_failed, 1u);
+}
+
+// Reports the first value in which a source differs from this rank. By one thread; every rank that
+// sees the same sources finds that somebody differs.
+__device__ inline void report_mismatch(const LowLatencyCall& call, const LowLatencyShape* headers,
+                                       u32 sources) {
+  const u32* own = reinterpret_cast<const u32*>(&call.shape);
+  for (u32 i = 0; i < kNumLowLatencyAgreed; ++i) {
+    for (u32 source = 0; source < kNumRanks; ++source) {
+      if (((sources >> source) & 1) == 0) continue;
+      if (reinterpret_cast<const u32*>(headers + source)[i] == own[i]) continue;
+      // Several blocks may come here; all write the same.
+      volatile FailureRecord* record = call.record;
+      record->field = static_cast<i32>(i);
+      for (u32 p = 0; p < kNumRanks; ++p) {
+        record->values[p] = static_cast<i32>(reinterpret_cast<const u32*>(headers + p)[i]);
+      }
+      __threadfence_system();
+      record->failure = kLowLatencyMismatch;
+      return;
+    }
+  }
+}
+
+// Waits for the headers of some sources, into shared memory: zeros for a source whose does not
+// come. By all threads; false, to all of them, where the call has failed or a source passes other
+// values.
+__device__ inline bool read_headers(const LowLatencyCall& call, const Round& round, u32 sources,
+                                    LowLatencyShape* headers, Arrivals* arrivals) {
+  constexpr u32 kWords = slab::kLowLatencyHeaderWords;
+  const u32* own = reinterpret_cast<const u32*>(&call.shape);
+  bool is_good = true;
+  for (u32 i = threadIdx.x; i < kNumRanks * kWords; i += blockDim.x) {
+    const u32 source = i / kWords;
+    Awaited awaited = {Outcome::kMissing, 0};
+    if ((sources >> source) & 1) {
+      const u64* cell = slab::header_cells(call.slabs, call.rank, round.slot, source) + i % kWords;
+      awaited = await(call, kLowLatencyTables, source, round.epoch, cell);
+      note(arrivals, source, awaited.outcome);
+    }
+    reinterpret_cast<u32*>(headers)[i] = awaited.word;
+    const bool may_differ =
+        awaited.outcome == Outcome::kMissing || i % kWords >= kNumLowLatencyAgreed;
+    if (awaited.outcome == Outcome::kFailed || (!may_differ && awaited.word != own[i % kWords])) {
+      is_good = false;
+    }
+  }
+  // All threads must come to the same end, and others may note more as soon as they go on.
+  is_good = __syncthreads_and(is_good);
+  if (!is_good && threadIdx.x == 0 && arrivals->has_failed == 0) {
+    report_mismatch(call, headers, sources & ~arrivals->missing);
+  }
+  return is_good;
+}
+
+// Entries of tables, several of a thread on their way together. By all threads.
+//   place(i, &source)          the cells of entry i, and whose it is
+//   use(i, expert, weight)     is called for each that arrives
+template <bool kHasWeights, typename PlaceOf, typename Use>
+__device__ __forceinline__ void read_entries(const LowLatencyCall& call, const Round& round,
+                                             u32 begin, u32 end, Arrivals* arrivals, PlaceOf place,
+                                             Use use) {
+  constexpr u32 kUnroll = 4, kWords = kHasWeights ? 2 : 1;
+  for (u32 first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
+    u64 found[kUnroll][kWords];
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      const u32 i = first + j * blockDim.x;
+      if (i >= end) continue;
+      u32 source;
+      const u64* cells = place(i, &source);
+#pragma unroll
+      for (u32 w = 0; w < kWords; ++w) found[j][w] = ptx::ld_relaxed_sys_u64(cells + w);
+    }
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      const u32 i = first + j * blockDim.x;
+      if (i >= end) continue;
+      u32 source;
+      const u64* cells = place(i, &source);
+      Outcome outcome = Outcome::kArrived;
+      u32 words[kWords];
+#pragma unroll
+      for (u32 w = 0; w < kWords; ++w) {
+        words[w] = static_cast<u32>(found[j][w]);
+        if (static_cast<u32>(found[j][w] >> 32) == round.epoch) continue;
+        if (outcome != Outcome::kArrived) continue;
+        const Awaited awaited =
+            await_slowly(call, kLowLatencyTables, source, round.epoch, cells + w);
+        outcome = awaited.outcome;
+        words[w] = awaited.word;
+      }
+      if (outcome == Outcome::kArrived) {
+        use(i, static_cast<i32>(words[0]), words[kWords - 1]);
+      } else {
+        note(arrivals, source, outcome);
+        return;
+      }
+    }
+  }
+}
+
+// --- where rows lie ----------------------------------------------------------------------------
+
+constexpr u32 kNoRow = ~0u;
+
+// A choice of a token for an expert of this rank, and where the expert has the token's row.
+struct Choice {
+  u32 expert;
+  u32 row;
+  u32 k;
+  u32 weight;
+};
+
+// A source's rows at an expert of this rank that are not placed yet.
+struct Span {
+  u32 next;
+  u32 end;
+};
+
+// Some neighbouring tokens of a source. In shared memory.
+struct Chunk {
+  Choice choices[kChunkEntries];  // a token's are at its number in the chunk times num_topk
+  u32 num_choices[kChunkEntries];
+};
+
+// Gives a token's choices for this rank's experts their rows, and puts them in front. By a warp.
+__device__ inline void place_choices(Choice* choices, u32 num_topk, Span* spans, u32* number) {
+  const u32 lane = lane_index();
+  Choice own = {kNoRow, 0, 0, 0};
+  if (lane < num_topk) own = choices[lane];
+  const bool is_here = own.expert != kNoRow;
+  if (is_here) {
+    own.row = spans[own.expert].next;
+    spans[own.expert].next = own.row + 1;
+    // A row that dispatch did not give: the caller passes other choices than those.
+    if (own.row >= spans[own.expert].end) own.row = kNoRow;
+  }
+  const u32 here = __ballot_sync(kFullWarp, is_here);
+  __syncwarp();
+  if (is_here) choices[__popc(here & ((1u << lane) - 1))] = own;
+  if (lane == 0) *number = __popc(here);
+  __syncwarp();
+}
+
+// Works out the choices of tokens [begin, end) of a source. By all threads, which then meet.
+//   spans  [local experts] the source's rows from first_token on; left with those behind the chunk
+// NOTE: a function of its own, as its callers need their registers.
+template <bool kHasWeights>
+__device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round& round, u32 source,
+                                         u32 first_token, u32 begin, u32 end, Span* spans,
+                                         Chunk* chunk, Arrivals* arrivals) {
+  const u32 num_topk = call.shape.num_topk, num_local = num_local_experts(call);
+  const u32 chunk_begin = begin * num_topk;
+  const u64* table = slab::table(call.slabs, call.rank, round.slot, source);
+  read_entries<kHasWeights>(
+      call, round, first_token * num_topk, end * num_topk, arrivals,
+      [=](u32 i, u32* whose) {
+        *whose = source;
+        return table + i * slab::kEntryWords;
+      },
+      [&](u32 i, i32 expert, u32 weight) {
+        const u32 local = static_cast<u32>(expert) - call.rank * num_local;
+        const bool is_here = expert >= 0 && local < num_local;
+        if (i >= chunk_begin) {
+          chunk->choices[i - chunk_begin] = {is_here ? local : kNoRow, 0, i % num_topk, weight};
+        } else if (is_here) {
+          atomicAdd(&spans[local].next, 1u);
+        }
+      });
+  __syncthreads();
+  if (warp_index() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
+    for (u32 token = 0; token < end - begin; ++token) {
+      place_choices(chunk->choices + token * num_topk, num_topk, spans, chunk->num_choices + token);
+    }
+  }
+  __syncthreads();
+}
+
+// A part of a row that came, or goes, along a token's choices.
+struct Part {
+  u32 source;
+  u32 token;
+  u32 index;
+  u32 num_parts;
+  const Choice* choices;
+  u32 num_choices;
+
+  __device__ __forceinline__ u32 item() const { return token * num_parts + index; }
+};
+
+// Gives every part of the sources' rows to one group of one block; neighbouring ones to a block. By
+// all threads; false where the call has failed.
+//   span_of(source, expert)  where the source's rows lie at an expert
+//   serve(part)              is called by all threads of a group
+template <bool kHasWeights, typename SpanOf, typename Serve>
+__device__ inline bool for_each_part(const LowLatencyCall& call, const Round& round, u32 sources,
+                                     const LowLatencyShape* headers, Span* spans, Chunk* chunk,
+                                     Arrivals* arrivals, SpanOf span_of, Serve serve) {
+  const u32 num_topk = call.shape.num_topk, num_local = num_local_experts(call);
+  __syncthreads();  // arrivals begin anew
+  u32 total = 0;
+  for (u32 source = 0; source < kNumRanks; ++source) {
+    if ((sources >> source) & 1) total += headers[source].num_tokens * headers[source].num_parts;
+  }
+  const u32 first = total * blockIdx.x / gridDim.x, last = total * (blockIdx.x + 1) / gridDim.x;
+  u32 base = 0;
+  for (u32 source = 0; source < kNumRanks; ++source) {
+    if (((sources >> source) & 1) == 0) continue;
+    const u32 num_parts = headers[source].num_parts;
+    const u32 num_items = headers[source].num_tokens * num_parts;
+    const u32 begin = first > base ? first - base : 0;
+    const u32 end = last > base ? min_of(last - base, num_items) : 0;
+    base += num_items;
+    if (begin >= end) continue;
+    for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) spans[i] = span_of(source, i);
+    if (threadIdx.x == 0) arrivals->missing = 0;
+    __syncthreads();
+    u32 counted = 0;
+    const u32 end_token = ceil_div(end, num_parts);
+    for (u32 token = begin / num_parts; token < end_token;) {
+      const u32 next = min_of(token + kChunkEntries / num_topk, end_token);
+      place_chunk<kHasWeights>(call, round, source, counted, token, next, spans, chunk, arrivals);
+      if (arrivals->has_failed != 0) return false;
+      if (arrivals->missing != 0) {
+        if (threadIdx.x == 0) mask(call, source);
+        break;
+      }
+      const u32 stop = min_of(end, next * num_parts);
+      u32 item = token * num_parts;
+      if (item < begin) item = begin;
+      for (item += group_index(); item < stop; item += kNumGroups) {
+        const u32 place = item / num_parts - token;
+        serve(Part{source, item / num_parts, item % num_parts, num_parts,
+                   chunk->choices + place * num_topk, chunk->num_choices[place]});
+      }
+      __syncthreads();
+      counted = token = next;
+    }
+    __syncthreads();
+  }
+  return true;
+}
+
+}  // namespace epcomm::comm
