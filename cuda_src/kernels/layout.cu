@@ -25,6 +25,35 @@ struct LayoutParams {
 
 static_assert(sizeof(LayoutParams) == kLayoutParamsBytes, "epcomm/engines/cuda_params.py differs");
 
+// Choices of a token that are read together: one wait for memory, not one a choice.
+constexpr u32 kBatch = 8;
+
+// Counts a token's choices, and returns the ranks that hold them, as bits.
+__device__ inline u32 count_choices(const LayoutParams& params, u32 token, i32* per_expert) {
+  const u32 experts_per_rank = params.num_experts / kNumRanks;
+  u32 ranks = 0;
+  for (u32 first = 0; first < params.num_topk; first += kBatch) {
+    i64 experts[kBatch];
+#pragma unroll
+    for (u32 j = 0; j < kBatch; ++j) {
+      const u64 at = u64(token) * params.num_topk + first + j;
+      experts[j] =
+          first + j < params.num_topk ? comm::choice_at(params.topk_idx, params.is_64_bit, at) : -1;
+    }
+#pragma unroll
+    for (u32 j = 0; j < kBatch; ++j) {
+      if (experts[j] == -1) continue;
+      if (experts[j] < -1 || experts[j] >= i64(params.num_experts)) {
+        params.record->failure = comm::kBadExpert;
+        continue;
+      }
+      atomicAdd(per_expert + experts[j], 1);
+      ranks |= 1u << (u32(experts[j]) / experts_per_rank);
+    }
+  }
+  return ranks;
+}
+
 }  // namespace epcomm
 
 extern "C" __global__ void __launch_bounds__(1024, 1)
@@ -36,26 +65,21 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   i32* per_rank = per_expert + params.num_experts;
   for (u32 i = threadIdx.x; i < params.num_experts + kNumRanks; i += blockDim.x) per_expert[i] = 0;
   __syncthreads();
-  const u32 experts_per_rank = params.num_experts / kNumRanks;
-  for (u32 token = threadIdx.x; token < params.num_tokens; token += blockDim.x) {
-    u32 ranks = 0;
-    for (u32 k = 0; k < params.num_topk; ++k) {
-      const i64 expert =
-          comm::choice_at(params.topk_idx, params.is_64_bit, u64(token) * params.num_topk + k);
-      if (expert == -1) continue;
-      if (expert < -1 || expert >= i64(params.num_experts)) {
-        params.record->failure = comm::kBadExpert;
-        continue;
-      }
-      atomicAdd(per_expert + expert, 1);
-      ranks |= 1u << (u32(expert) / experts_per_rank);
-    }
+  // By whole warps, which count a rank's tokens with one vote: all would add to few counters.
+  u32 num_tokens_of_rank = 0;  // of rank lane_index()
+  for (u32 first = warp_index() * kWarpSize; first < params.num_tokens; first += blockDim.x) {
+    const u32 token = first + lane_index();
+    const bool exists = token < params.num_tokens;
+    const u32 ranks = exists ? count_choices(params, token, per_expert) : 0;
+#pragma unroll
     for (u32 rank = 0; rank < kNumRanks; ++rank) {
       const bool goes = (ranks >> rank) & 1;
-      params.is_token_in_rank[u64(token) * kNumRanks + rank] = goes;
-      if (goes) atomicAdd(per_rank + rank, 1);
+      if (exists) params.is_token_in_rank[u64(token) * kNumRanks + rank] = goes;
+      const u32 going = __ballot_sync(kFullWarp, goes);
+      if (rank == lane_index()) num_tokens_of_rank += __popc(going);
     }
   }
+  if (lane_index() < kNumRanks) atomicAdd(per_rank + lane_index(), i32(num_tokens_of_rank));
   __syncthreads();
   for (u32 i = threadIdx.x; i < params.num_experts; i += blockDim.x) {
     params.num_tokens_per_expert[i] = per_expert[i];
