@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from launch import Result, find_mpiexec
+from processes import wait_for
 
 Mpiexec = Callable[..., Result]
 
@@ -37,7 +38,12 @@ class Network:
         return mpiexec(
             *(program, 4, *args),
             # TCP alone: the namespaces are of one host, and MPI would find shared memory.
-            env={"EPCOMM_RANKS_PER_NODE": "2", "UCX_TLS": "tcp,self", "FI_PROVIDER": "tcp"},
+            env={
+                "EPCOMM_RANKS_PER_NODE": "2",
+                "UCX_TLS": "tcp,self",
+                "UCX_NET_DEVICES": "rail0",
+                "FI_PROVIDER": "tcp",
+            },
             prefix=["ip", "netns", "exec", self.names[0]],
             mpiexec_options=[
                 *("-launcher", "ssh", "-launcher-exec", str(self.launcher), "-hosts", hosts)
@@ -63,6 +69,13 @@ def why_not() -> str:
     return "" if "HYDRA" in version.stdout else "mpiexec is not Hydra (MPICH), whose launcher it is"
 
 
+def read(name: str, what: str) -> str:
+    """Read what the kernel tells of a namespace's end of the wire."""
+    command = ["ip", "netns", "exec", name, "cat", f"/sys/class/net/rail0/{what}"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    return run.stdout.strip()
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     reason = why_not()
@@ -77,14 +90,16 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         try:
             for name in names:
                 ip("netns", "add", name)
-            ip(*("link", "add", "rail0", "netns", names[0], "type", "veth"),
-               *("peer", "name", "rail0", "netns", names[1]))  # fmt: skip
+            ends = [["rail0", "netns", name] for name in names]
+            ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
             for name, address in zip(names, ADDRESSES, strict=True):
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", "rail0")
                 for device in ("lo", "rail0"):
                     ip("-n", name, "link", "set", device, "up")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        for name in names:
+            wait_for(lambda name=name: read(name, "operstate") == "up", f"rail0 of {name}")
         yield Network(names, launcher)
     finally:
         for name in names:
@@ -92,9 +107,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 
 
 def sent_bytes(network: Network) -> int:
-    command = ["ip", "netns", "exec", network.names[0]]
-    command += ["cat", "/sys/class/net/rail0/statistics/tx_bytes"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(read(network.names[0], "statistics/tx_bytes"))
 
 
 @pytest.mark.parametrize("program", ["contract_dispatch", "contract_rails"])
