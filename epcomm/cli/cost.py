@@ -5,7 +5,6 @@ docs/scaling.md tells the model and its limits.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,10 @@ from epcomm.arrays import BFLOAT16, FLOAT8_E4M3
 from epcomm.cli.traffic import Floats, Job, Loads, load_by_rail, load_direct, simulate
 from epcomm.config import Config
 from epcomm.cuda_layout import areas_for, slot_row_bytes, staged_row_bytes
+from epcomm.engines.base import DEFAULT_CHUNKS
+from epcomm.engines.sections import Sections
 from epcomm.fp8 import BLOCK
+from epcomm.rail_link import Window
 
 #: What long streams reach when each of four H200s pushes to all others at once: measured.
 DEFAULT_NVLINK_GB_S = 357.0
@@ -24,15 +26,9 @@ DEFAULT_NETWORK_GB_S = 50.0
 #: docs/results/row_moves.json. That a step over the network takes as long is assumed.
 DEFAULT_LATENCY_US = 30.0
 
-#: NOTE: assumed, as no engine crosses nodes yet: rows travel in chunks of so many of the source's
-#: tokens, one message a chunk and receiver, and a chunk spreads while the next one crosses.
-CHUNK_TOKENS = 512
-#: NOTE: assumed likewise: while one chunk crosses, another is packed or spread.
-NUM_STAGING_HALVES = 2
-
 #: Dtypes that dispatch can carry; combine carries bf16.
 DTYPES = {"bf16": BFLOAT16, "fp8": FLOAT8_E4M3}
-_SCALE_BYTES = 4
+_F32, _INT64 = np.dtype(np.float32), np.dtype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Cost:
     Attributes:
         nvlink_sent_bytes, nvlink_received_bytes: Over ranks.
         network_sent_bytes, network_received_bytes: Over ranks.
-        num_messages: Messages that a rank sends over the network.
+        num_messages: Messages that a rank sends over the network, at most: empty ones are not sent.
         message_bytes: Over messages.
         us: Microseconds of the slowest rank.
     """
@@ -94,7 +90,7 @@ class Memory:
     Attributes:
         slab_bytes: What the cuda engine's slab takes for these calls.
         hint_bytes: The ``num_nvl_bytes`` with which a slab never grows.
-        staging_bytes: What is packed for the network, and what arrives from it.
+        staging_bytes: Messages under way between nodes, those that are packed and received.
     """
 
     slab_bytes: int
@@ -146,7 +142,7 @@ def make_plan(job: Job, rates: Rates) -> Plan:
             ("direct", cost_direct, direct),
         )
     }
-    return Plan(job, rates, of_row, job.sampled_tokens, costs, memory_by_rail(job, rails))
+    return Plan(job, rates, of_row, job.sampled_tokens, costs, memory_by_rail(job))
 
 
 def itemsize(dtype: str) -> int:
@@ -161,12 +157,12 @@ def num_scales(dtype: str, hidden: int) -> int:
 
 def row_bytes(dtype: str, hidden: int) -> int:
     """Return the bytes of a row of one of ``DTYPES``, its scales included."""
-    return hidden * itemsize(dtype) + num_scales(dtype, hidden) * _SCALE_BYTES
+    return hidden * itemsize(dtype) + num_scales(dtype, hidden) * _F32.itemsize
 
 
 def num_chunks(job: Job) -> int:
     """Return in how many chunks a rank's tokens travel between nodes."""
-    return -(-job.num_tokens // CHUNK_TOKENS)
+    return -(-job.num_tokens // DEFAULT_CHUNKS.num_tokens)
 
 
 def cost_by_rail(job: Job, loads: Loads, bytes_a_row: int, rates: Rates) -> Cost:
@@ -187,16 +183,16 @@ def cost_direct(job: Job, loads: Loads, bytes_a_row: int, rates: Rates) -> Cost:
     return _cost(job, loads, bytes_a_row, job.num_ranks - job.gpus_per_node, float(us))
 
 
-def memory_by_rail(job: Job, loads: Loads) -> Memory:
+def memory_by_rail(job: Job) -> Memory:
     """Return the memory that a rank needs for dispatch and combine.
 
     Raises:
         UnsupportedConfig: The cuda engine does not take so many ranks a node.
     """
     combine_bytes = row_bytes("bf16", job.hidden)
-    arriving = _rows_of_a_chunk(job, loads.network_received)
-    # NOTE: a chunk from other nodes spreads as if its rows were the rail's own tokens.
-    num_tokens = max(job.num_tokens, arriving)
+    # NOTE: with several nodes the node's engine moves a chunk of one node's tokens at a time, those
+    # of its own node as well.
+    num_tokens = _tokens_of_a_chunk(job) if job.num_nodes > 1 else job.num_tokens
     areas = areas_for(
         job.gpus_per_node,
         num_tokens,
@@ -205,14 +201,49 @@ def memory_by_rail(job: Job, loads: Loads) -> Memory:
         ),
         slot_row_bytes(combine_bytes, job.num_topk),
     )
-    crossing = _rows_of_a_chunk(job, loads.network_sent + loads.network_received)
     return Memory(
         slab_bytes=areas.num_bytes,
         hint_bytes=Config().get_nvl_buffer_size_hint(
             combine_bytes, job.gpus_per_node, num_max_tokens=num_tokens
         ),
-        staging_bytes=NUM_STAGING_HALVES * crossing * combine_bytes,
+        staging_bytes=_staging_bytes(job),
     )
+
+
+def _tokens_of_a_chunk(job: Job) -> int:
+    return min(job.num_tokens, DEFAULT_CHUNKS.num_tokens)
+
+
+def _staging_bytes(job: Job) -> int:
+    """Return the bytes of the largest window of messages that the rails engine has.
+
+    Choices are taken to be int64, and weights to travel in combine too: the most that can be.
+    """
+    if job.num_nodes == 1:
+        return 0
+    depth, num_others = DEFAULT_CHUNKS.num_in_flight, job.num_nodes - 1
+    num_rows, num_topk = _tokens_of_a_chunk(job), job.num_topk
+    routes = {
+        "mask": ((job.num_tokens, job.gpus_per_node), np.dtype(bool)),
+        "pairs": ((job.gpus_per_node, job.num_experts // job.num_ranks), np.dtype(np.int32)),
+    }
+    dispatch = {
+        "data": ((num_rows, job.hidden), DTYPES[job.dtype]),
+        "scales": ((num_rows, num_scales(job.dtype, job.hidden)), _F32),
+        "topk_idx": ((num_rows, num_topk), _INT64),
+        "topk_weights": ((num_rows, num_topk), _F32),
+    }
+    # With the spare row that the receiver adds, and the weights' own.
+    combine = {
+        "weights": ((num_rows + 2, num_topk), _F32),
+        "data": ((num_rows + 1, job.hidden), BFLOAT16),
+    }
+    windows = (
+        Window(Sections(routes).end, num_others, num_others),
+        Window(Sections(dispatch).end, depth, depth),
+        Window(Sections(combine).end, depth, depth + num_others),
+    )
+    return max(window.num_bytes for window in windows)
 
 
 def _link_times(loads: Loads, bytes_a_row: int, rates: Rates) -> tuple[Floats, Floats]:
@@ -224,11 +255,6 @@ def _link_times(loads: Loads, bytes_a_row: int, rates: Rates) -> tuple[Floats, F
         nvlink_rows * kilobytes / rates.nvlink_gb_s,
         network_rows * kilobytes / rates.network_gb_s,
     )
-
-
-def _rows_of_a_chunk(job: Job, rows: Floats) -> int:
-    """Return a chunk's part of the busiest rank's rows."""
-    return math.ceil(float(rows.max()) / num_chunks(job))
 
 
 def _cost(job: Job, loads: Loads, bytes_a_row: int, num_receivers: int, us: float) -> Cost:

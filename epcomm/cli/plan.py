@@ -14,6 +14,7 @@ from epcomm.cli import cost
 from epcomm.cli.plan_report import describe_plan
 from epcomm.cli.traffic import ROUTINGS, Job
 from epcomm.cuda_layout import MAX_LOCAL_EXPERTS, MAX_RANKS
+from epcomm.engines.base import DEFAULT_CHUNKS
 from epcomm.errors import InvalidArgument
 
 EXIT_OK = 0
@@ -193,10 +194,7 @@ def _write(path: Path, plan: cost.Plan) -> None:
     """Write everything that the report tells, and what it rests on, for machines."""
     facts = {
         "epcomm": __version__,
-        "assumptions": {
-            "chunk_tokens": cost.CHUNK_TOKENS,
-            "num_staging_halves": cost.NUM_STAGING_HALVES,
-        },
+        "chunks": asdict(DEFAULT_CHUNKS),
         **asdict(plan),
     }
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from epcomm.cli.cost import CHUNK_TOKENS, NUM_STAGING_HALVES, Cost, Plan, Spread, num_chunks
+from epcomm.cli.cost import Cost, Plan, Spread, num_chunks
+from epcomm.engines.base import DEFAULT_CHUNKS
 
 Line = tuple[str, str]
 
@@ -80,11 +81,15 @@ def _describe_times(plan: Plan) -> Iterator[Line]:
 def _describe_messages(plan: Plan) -> Iterator[Line]:
     yield from _header(plan)
     counts = [cost.num_messages for cost in _costs(plan, "dispatch")]
-    yield "sent by a call", _columns(f"{count:,}" for count in counts)
+    yield "sent by a call, at most", _columns(f"{count:,}" for count in counts)
     for operation in plan.row_bytes:
         spreads = [cost.message_bytes for cost in _costs(plan, operation)]
         yield f"{operation}, KB of each", _columns(_shown(spread, 1e3) for spread in spreads)
-    yield "chunks", f"{num_chunks(plan.job):,} a call, each of at most {CHUNK_TOKENS} tokens a rank"
+    yield (
+        "chunks",
+        f"{num_chunks(plan.job):,} a call, each of at most {DEFAULT_CHUNKS.num_tokens} tokens a "
+        f"rank; {DEFAULT_CHUNKS.num_in_flight} messages under way each way",
+    )
 
 
 def _describe_memory(plan: Plan) -> Iterator[Line]:
@@ -94,8 +99,7 @@ def _describe_memory(plan: Plan) -> Iterator[Line]:
     if plan.job.num_nodes > 1:
         yield (
             "staging between nodes",
-            f"{memory.staging_bytes / 1e6:,.0f} MB, rails: {NUM_STAGING_HALVES} chunks to send "
-            f"and {NUM_STAGING_HALVES} to receive",
+            f"{memory.staging_bytes / 1e6:,.0f} MB of host memory, rails: messages under way",
         )
 
 
