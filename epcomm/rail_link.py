@@ -4,8 +4,8 @@ A call's messages have a fixed order, the same on both sides of each pair, and a
 of them under way each way. A message is received into a slot of this rank's staging memory, and is
 sent from one. Nothing is sent unasked: both sides know every message's size beforehand.
 
-MPI moves messages on while it is called, so `Transfer.progress` is called wherever the host waits. A
-helper thread that does so beside the caller's was measured to be no faster, see docs/performance.md.
+MPI moves messages on while it is called, so `Transfer.progress` is called wherever the host waits.
+A helper thread that does so was measured to be no faster, see docs/performance.md.
 """
 
 from __future__ import annotations

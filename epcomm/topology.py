@@ -38,6 +38,14 @@ class Topology:
         """Return the ranks of a node, ascending."""
         return tuple(rank for rank, other in enumerate(self.node_of_rank) if other == node)
 
+    def nodes_after(self) -> list[int]:
+        """Return the other nodes in turn: those of larger index, then the smaller ones."""
+        return [(self.node + k) % self.num_nodes for k in range(1, self.num_nodes)]
+
+    def nodes_before(self) -> list[int]:
+        """Return the other nodes in the opposite order."""
+        return self.nodes_after()[::-1]
+
     def rail(self) -> tuple[int, ...]:
         """Return, by node, the rank that has this rank's index there.
 

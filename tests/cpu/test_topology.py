@@ -90,6 +90,16 @@ def test_rail() -> None:
     ]
 
 
+def test_order_of_nodes() -> None:
+    nodes = [from_hosts(rank, ["a"] * 4, [1] * 4) for rank in range(4)]
+    assert nodes[1].nodes_after() == [2, 3, 0]
+    assert nodes[1].nodes_before() == [0, 3, 2]
+    # In each round as many messages leave a node as come: what one sends, the other receives.
+    for mine in nodes:
+        for k, node in enumerate(mine.nodes_after()):
+            assert nodes[node].nodes_before()[k] == mine.node
+
+
 def test_nodes_of_different_numbers_of_ranks_are_refused() -> None:
     with pytest.raises(UnsupportedConfig) as caught:
         from_hosts(0, ["a"] * 7, [3] * 7).rail()

@@ -16,7 +16,7 @@ import pytest
 from fail_common import check_round
 
 from epcomm import Buffer, CommTimeout, EpcommError, TransportError, UnsupportedConfig
-from epcomm.engines import rails
+from epcomm.engines import rail_moves, rails
 
 #: Node 1 is the odd one; the rail peers of ranks 0 and 1 are these.
 ODD = (2, 3)
@@ -24,8 +24,8 @@ TIMEOUT_S = 1.0
 #: Where node 1 stops: what runs just before, and what the others are then waiting for.
 PLACES = {
     "routes": (rails.RailsEngine, "_exchange_routes", "dispatch: routes"),
-    "rows": (rails._Spread, "send", "dispatch: rows"),
-    "sums": (rails._Sums, "send", "combine: rows"),
+    "rows": (rail_moves.Spread, "send", "dispatch: rows"),
+    "sums": (rail_moves.Sums, "send", "combine: rows"),
 }
 
 
