@@ -51,7 +51,13 @@ from epcomm.engines.host import (
 )
 from epcomm.engines.rail_routes import RailRoutes, make_routes, node_experts
 from epcomm.engines.sections import Sections, as_rows, gather_rows
-from epcomm.errors import CommTimeout, TransportError, UnsupportedConfig
+from epcomm.errors import (
+    CommTimeout,
+    InvalidArgument,
+    RankMismatch,
+    TransportError,
+    UnsupportedConfig,
+)
 from epcomm.group import Group, MpiGroup
 from epcomm.handle import DispatchHandle
 from epcomm.rail_link import Message, RailLink, Transfer, Window
@@ -173,6 +179,7 @@ class RailsEngine:
     def close(self, is_collective: bool) -> None:
         """See `Engine.close`."""
         self._engine.close(is_collective)
+        self._link.close()
 
     # --- keeping step --------------------------------------------------------------------------
 
@@ -186,8 +193,10 @@ class RailsEngine:
             )
         try:
             yield
-        except TransportError as error:
-            self._broken = str(error).partition(". ")[0]
+        except (InvalidArgument, RankMismatch):
+            raise  # before anything was sent
+        except BaseException as error:
+            self._broken = str(error).partition(". ")[0] or type(error).__name__
             raise
 
     def _agree(

@@ -38,7 +38,12 @@ class Network:
         return mpiexec(
             *(program, 4, *args),
             # TCP alone: the namespaces are of one host, and MPI would find shared memory.
-            env={"EPCOMM_RANKS_PER_NODE": "2", "UCX_TLS": "tcp,self", "FI_PROVIDER": "tcp"},
+            env={
+                "EPCOMM_RANKS_PER_NODE": "2",
+                "UCX_TLS": "tcp,self",
+                "UCX_NET_DEVICES": "rail0",
+                "FI_PROVIDER": "tcp",
+            },
             prefix=["ip", "netns", "exec", self.names[0]],
             mpiexec_options=[
                 *("-launcher", "ssh", "-launcher-exec", str(self.launcher), "-hosts", hosts)
@@ -64,6 +69,13 @@ def why_not() -> str:
     return "" if "HYDRA" in version.stdout else "mpiexec is not Hydra (MPICH), whose launcher it is"
 
 
+def read(name: str, what: str) -> str:
+    """Read what the kernel tells of a namespace's end of the wire."""
+    command = ["ip", "netns", "exec", name, "cat", f"/sys/class/net/rail0/{what}"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    return run.stdout.strip()
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     reason = why_not()
@@ -78,18 +90,18 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         try:
             for name in names:
                 ip("netns", "add", name)
-            ip(*("link", "add", "rail0", "netns", names[0], "type", "veth"),
-               *("peer", "name", "rail0", "netns", names[1]))  # fmt: skip
+            ends = [["rail0", "netns", name] for name in names]
+            ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
             for name, address in zip(names, ADDRESSES, strict=True):
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", "rail0")
                 for device in ("lo", "rail0"):
                     ip("-n", name, "link", "set", device, "up")
-            for name in names:
-                wait_for(lambda name=name: is_up(name), f"rail0 in {name}")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
         made = Network(names, launcher)
         try:
+            for name in names:
+                wait_for(lambda name=name: read(name, "operstate") == "up", f"rail0 of {name}")
             made.run(run_ranks, "launch_probe", "shows", timeout_s=60)
         except AssertionError as error:
             pytest.skip(f"MPI alone does not connect over this network: {str(error)[-200:]}")
@@ -99,16 +111,8 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30)
 
 
-def is_up(name: str) -> bool:
-    command = ["ip", "netns", "exec", name, "cat", "/sys/class/net/rail0/operstate"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    return done.stdout.strip() == "up"
-
-
 def sent_bytes(network: Network) -> int:
-    command = ["ip", "netns", "exec", network.names[0]]
-    command += ["cat", "/sys/class/net/rail0/statistics/tx_bytes"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(read(network.names[0], "statistics/tx_bytes"))
 
 
 @pytest.mark.parametrize("program", ["contract_dispatch", "contract_rails"])
