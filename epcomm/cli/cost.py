@@ -23,7 +23,8 @@ DEFAULT_NVLINK_GB_S = 357.0
 #: NOTE: assumed, not measured: one 400 Gbit/s adapter a GPU.
 DEFAULT_NETWORK_GB_S = 50.0
 #: NOTE: about the least that recorded row moves took beyond their bytes over the wire, see
-#: docs/results/row_moves.json. That a step over the network takes as long is assumed.
+#: docs/results/row_moves.json. That a step over the network, or a chunk's call inside a node, takes
+#: as long is assumed.
 DEFAULT_LATENCY_US = 30.0
 
 #: Dtypes that dispatch can carry; combine carries bf16.
@@ -38,7 +39,7 @@ class Rates:
     Attributes:
         nvlink_gb_s: 10^9 bytes a second over a rank's NVLink, each way.
         network_gb_s: The same over its network adapter.
-        latency_us: Fixed microseconds of a message step.
+        latency_us: Fixed microseconds of a step over the network, and of a call inside a node.
     """
 
     nvlink_gb_s: float = DEFAULT_NVLINK_GB_S
@@ -165,15 +166,23 @@ def num_chunks(job: Job) -> int:
     return -(-job.num_tokens // DEFAULT_CHUNKS.num_tokens)
 
 
+def num_calls(job: Job) -> int:
+    """Return how often a node's ranks call each other: for each source node and chunk."""
+    return job.num_nodes * num_chunks(job) if job.num_nodes > 1 else 1
+
+
 def cost_by_rail(job: Job, loads: Loads, bytes_a_row: int, rates: Rates) -> Cost:
     """Return the cost where chunks cross the network, then spread over NVLink.
 
-    The two overlap but for one chunk: the last to arrive still has to spread.
+    The two overlap but for one chunk: the last to arrive still has to spread. Calls inside the node
+    follow each other, and each takes a step's fixed time.
     """
     nvlink_us, network_us = _link_times(loads, bytes_a_row, rates)
-    longer_us, shorter_us = np.maximum(nvlink_us, network_us), np.minimum(nvlink_us, network_us)
-    num_steps = max(1, (job.num_nodes > 1) + (job.gpus_per_node > 1))
-    us = (longer_us + shorter_us / num_chunks(job)).max() + num_steps * rates.latency_us
+    node_us = nvlink_us + num_calls(job) * rates.latency_us
+    if job.num_nodes > 1:
+        network_us += rates.latency_us
+    longer_us, shorter_us = np.maximum(node_us, network_us), np.minimum(node_us, network_us)
+    us = (longer_us + shorter_us / num_chunks(job)).max()
     return _cost(job, loads, bytes_a_row, job.num_nodes - 1, float(us))
 
 

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rates = (
         ("nvlink", "GB/s", "of a GPU, each way"),
         ("network", "GB/s", "of a GPU to other nodes, each way"),
-        ("latency", "us", "fixed time of a message step"),
+        ("latency", "us", "fixed time of a step over the network, or a call in a node"),
     )
     for name, unit, what in rates:
         default = getattr(Options, name)

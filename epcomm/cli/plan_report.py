@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from epcomm.cli.cost import Cost, Plan, Spread, num_chunks
+from epcomm.cli.cost import Cost, Plan, Spread, num_calls, num_chunks
 from epcomm.engines.base import DEFAULT_CHUNKS
 
 Line = tuple[str, str]
@@ -90,6 +90,7 @@ def _describe_messages(plan: Plan) -> Iterator[Line]:
         f"{num_chunks(plan.job):,} a call, each of at most {DEFAULT_CHUNKS.num_tokens} tokens a "
         f"rank; {DEFAULT_CHUNKS.num_in_flight} messages under way each way",
     )
+    yield "calls inside a node", f"{num_calls(plan.job):,}, rails: for each source node and chunk"
 
 
 def _describe_memory(plan: Plan) -> Iterator[Line]:
