@@ -414,6 +414,11 @@ DISPATCH = [
         *("topk_weights is float64", "float32"),
     ),
     refused(
+        "idx-without-choices",
+        lambda r: r.dispatch(topk_idx=r.idx[:, :0], topk_weights=r.weights[:, :0]),
+        *("topk_idx has no choices, shape [5, 0]", "pass at least one"),
+    ),
+    refused(
         "idx-of-another-layout",
         lambda r: r.dispatch(topk_idx=np.zeros_like(r.idx)),
         *("num_tokens_per_expert[0] is ", "topk_idx chooses expert 0 15 times", "was made of"),

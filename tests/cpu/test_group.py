@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import launch
 import pytest
@@ -95,6 +95,25 @@ def run_torch(folder: Path, num_ranks: int, *args: str) -> None:
 
 def test_torch(tmp_path: Path) -> None:
     run_torch(tmp_path, 3)
+
+
+def test_torch_whose_store_is_gone() -> None:
+    pytest.importorskip("torch", reason="needs torch: pip install torch")
+    from epcomm.torch_group import TorchGroup
+
+    class Gone:
+        """A store whose keeper has ended."""
+
+        rounds: ClassVar[dict[str, int]] = {}
+
+        @property
+        def keys(self) -> Any:
+            raise RuntimeError("Connection reset by peer")
+
+    group = TorchGroup.__new__(TorchGroup)
+    group._init(Gone(), range(2), 0, "all")
+    with pytest.raises(TransportError, match=r"first: torch\.distributed failed: Connection"):
+        group.allgather(1, timeout_s=1.0, phase="first")
 
 
 def test_torch_with_a_missing_rank(tmp_path: Path) -> None:
