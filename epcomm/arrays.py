@@ -173,6 +173,7 @@ _DLPACK_DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
     (13, 8): np.dtype(ml_dtypes.float8_e5m2fnuz),
     (14, 8): np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+_CODES = {dtype: code for code, dtype in _DLPACK_DTYPES.items()}
 
 
 class _DLTensor(ctypes.Structure):
@@ -229,15 +230,18 @@ def view_dlpack(array: Any, name: str) -> ArrayView:
             capsule = array.__dlpack__()
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidArgument(f"{name} cannot be exported through DLPack: {error}") from error
+    tensor, is_readonly = _tensor_in(capsule)
+    return _read_tensor(tensor, is_readonly, (array, capsule), name)
+
+
+def _tensor_in(capsule: Any) -> tuple[_DLTensor, bool]:
+    """Return a capsule's tensor, and whether it is read-only."""
     if _capsule_is(capsule, b"dltensor_versioned"):
         versioned = _DLManagedTensorVersioned.from_address(
             _capsule_pointer(capsule, b"dltensor_versioned")
         )
-        tensor, is_readonly = versioned.dl_tensor, bool(versioned.flags & _READ_ONLY_FLAG)
-    else:
-        tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
-        is_readonly = False
-    return _read_tensor(tensor, is_readonly, (array, capsule), name)
+        return versioned.dl_tensor, bool(versioned.flags & _READ_ONLY_FLAG)
+    return _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor")), False
 
 
 def _read_tensor(tensor: _DLTensor, is_readonly: bool, owner: Any, name: str) -> ArrayView:
@@ -265,3 +269,27 @@ def _read_tensor(tensor: _DLTensor, is_readonly: bool, owner: Any, name: str) ->
         is_readonly=is_readonly,
         owner=owner,
     )
+
+
+class DLPackRetyped:
+    """An array as one of another dtype of the same size, for libraries that do not know the dtype.
+
+    Args:
+        array: An array that exports itself through DLPack.
+        dtype: What consumers are told.
+    """
+
+    def __init__(self, array: Any, dtype: np.dtype[Any]) -> None:
+        self._array = array
+        self._dtype = dtype
+
+    def __dlpack_device__(self) -> Any:
+        """Return the array's."""
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Return the array's capsule with the other dtype in it."""
+        capsule = self._array.__dlpack__(**options)
+        tensor, _ = _tensor_in(capsule)
+        tensor.code, tensor.bits = _CODES[self._dtype]
+        return capsule

@@ -9,7 +9,14 @@ import jax
 import jax.dlpack
 import numpy as np
 
-from epcomm.arrays import ArrayView, Device, empty_aligned, packed_strides, view_numpy
+from epcomm.arrays import (
+    ArrayView,
+    Device,
+    DLPackRetyped,
+    empty_aligned,
+    packed_strides,
+    view_numpy,
+)
 from epcomm.errors import InvalidArgument, UnsupportedConfig
 
 
@@ -86,9 +93,9 @@ class JaxFramework:
         array = CupyFramework().finish(view)
         if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             return array
-        adopted = jax.dlpack.from_dlpack(array)
         # CuPy has no fp8: such memory is uint8 until here.
-        return _alias(adopted if adopted.dtype == view.dtype else adopted.view(view.dtype), view)
+        exported = DLPackRetyped(array, view.dtype) if "float8" in view.dtype.name else array
+        return _alias(jax.dlpack.from_dlpack(exported), view)
 
     def current_stream(self, device: Device) -> int | None:
         """Return None: JAX does not show its streams."""

@@ -23,6 +23,7 @@ from epcomm.arrays import (
     DTYPES,
     ArrayView,
     Device,
+    DLPackRetyped,
     empty_aligned,
     packed_strides,
     view_dlpack,
@@ -695,6 +696,17 @@ def test_jax_pending_result_is_waited_for(jax: ModuleType) -> None:
     rows = jax.numpy.ones((1500, 1500)) / 1500
     found = view(rows @ rows @ rows).numpy()
     np.testing.assert_allclose(found, 1 / 1500, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [d for d in JAX_DTYPES if d.itemsize == 1], ids=str)
+def test_jax_adopts_bytes_of_another_dtype(jax: ModuleType, dtype: np.dtype[Any]) -> None:
+    """As rows of fp8 on a GPU do, whose memory is CuPy's, which knows no fp8."""
+    memory = np.zeros((3, 64), np.uint8)
+    array = jax.dlpack.from_dlpack(DLPackRetyped(memory, dtype))
+    assert array.dtype == dtype
+    if memory.ctypes.data % 64 == 0:  # JAX copies what is not aligned
+        assert array.unsafe_buffer_pointer() == memory.ctypes.data
+    np.testing.assert_array_equal(np.asarray(array), memory.view(dtype))
 
 
 def test_jax_outputs_are_never_copies(jax: ModuleType) -> None:
