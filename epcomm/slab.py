@@ -111,7 +111,7 @@ class _OwnMemory:
             _check_free_memory(num_bytes_of_all)
             self._fd = os.memfd_create(f"{_PREFIX}{self._key}", os.MFD_CLOEXEC)
         else:
-            _remove_abandoned(shm_dir)
+            _remove_abandoned(shm_dir)  # first, for the room that they take
             self._fd, self._path = _create_locked(shm_dir)
         self._file = _file_of(self._fd)
         # Pages are taken now: a full file system is an error here, not a SIGBUS later.

@@ -80,7 +80,7 @@ class TorchGroup:
         if (sent_round, sent_phase) != (this_round, phase):
             rounds = self._store.rounds
             rounds[self._name] = max(rounds[self._name], sent_round)
-            raise out_of_step(phase, rank, sent_phase)
+            raise out_of_step(phase, rank, sent_phase or "an exchange that it gave up")
         received[rank] = sent
 
     def _key(self, rank: int, this_round: int) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import launch
 import pytest
@@ -24,6 +26,7 @@ from epcomm import (
     as_group,
     run_threads,
 )
+from epcomm.torch_group import TorchGroup
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -97,21 +100,52 @@ def test_torch(tmp_path: Path) -> None:
     run_torch(tmp_path, 3)
 
 
+class Store:
+    """What torch's stores do, in a dictionary: no torch is needed."""
+
+    def __init__(self, values: dict[str, bytes]) -> None:
+        self.check = lambda keys: all(key in values for key in keys)
+        self.get, self.set = values.__getitem__, values.__setitem__
+
+
+def groups_of_a_store(num_ranks: int) -> list[TorchGroup]:
+    values: dict[str, bytes] = {}
+    groups = []
+    for rank in range(num_ranks):
+        group = TorchGroup.__new__(TorchGroup)
+        group._init(SimpleNamespace(keys=Store(values), rounds={}), range(num_ranks), rank, "all")
+        groups.append(group)
+    return groups
+
+
+def test_torch_rank_that_gave_up_is_not_there_any_more() -> None:
+    """Who comes late does not go on alone, into exchanges that nobody else makes."""
+    early, late = groups_of_a_store(2)
+    for group, peer in ((early, 1), (late, 0)):
+        with pytest.raises(CommTimeout) as caught:
+            group.allgather(0, timeout_s=0.1, phase="first")
+        assert caught.value.peers == (peer,)
+
+
+def test_torch_ranks_that_gave_up_differently_often_meet_again() -> None:
+    early, late = groups_of_a_store(2)
+    for _ in range(3):
+        with pytest.raises(CommTimeout):
+            early.allgather(0, timeout_s=0.05, phase="first")
+    with pytest.raises(TransportError, match="rank 0 is at 'an exchange that it gave up'"):
+        late.allgather(1, timeout_s=5.0, phase="first")
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda group: group.allgather(group.rank, timeout_s=10.0), (early, late))
+    assert list(found) == [[0, 1], [0, 1]]
+
+
 def test_torch_whose_store_is_gone() -> None:
-    pytest.importorskip("torch", reason="needs torch: pip install torch")
-    from epcomm.torch_group import TorchGroup
+    (group, _) = groups_of_a_store(2)
 
-    class Gone:
-        """A store whose keeper has ended."""
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Connection reset by peer")
 
-        rounds: ClassVar[dict[str, int]] = {}
-
-        @property
-        def keys(self) -> Any:
-            raise RuntimeError("Connection reset by peer")
-
-    group = TorchGroup.__new__(TorchGroup)
-    group._init(Gone(), range(2), 0, "all")
+    group._store.keys.check = fail
     with pytest.raises(TransportError, match=r"first: torch\.distributed failed: Connection"):
         group.allgather(1, timeout_s=1.0, phase="first")
 

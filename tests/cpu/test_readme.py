@@ -156,7 +156,7 @@ class TestTables:
     def test_glossary_has_the_words_of_the_house(self) -> None:
         words = [row[0] for row in rows_of("Glossary")]
         needed = "token row rank node rail peer expert slab cell slot top-k epoch handle dispatch"
-        needed += " combine layout staging board header round"
+        needed += " combine layout staging board header round chunk"
         assert {*needed.split(), "local expert"} == set(words)
         assert len(words) == len(set(words))
 

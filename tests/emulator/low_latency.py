@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from ranks import oracle
 
 from emulator.build import Toolchain, pointer
-from emulator.world import Array, CallFailed, Memory
+from emulator.world import Array, CallFailed, Memory, RanksAsThreads
 from epcomm import cuda_layout
 from epcomm.engines import cuda_params, cuda_tuning
 from epcomm.engines.base import CombinePrecision, Fp8Format, LowLatencyShape
@@ -366,7 +365,7 @@ class Rank:
             raise failed
 
 
-class World:
+class World(RanksAsThreads):
     """All ranks of a group, threads of this process, with slabs for some cases."""
 
     def __init__(
@@ -381,39 +380,6 @@ class World:
         self.slab_bytes = cuda_layout.low_latency_slab_bytes(self.num_ranks, self.rows_bytes)
         self.ranks: list[Rank] = []
         self.ranks += [Rank(self, rank) for rank in range(self.num_ranks)]
-
-    def run(self, function: Callable[[Rank], object]) -> None:
-        """Call a function for every rank at once; raises what was raised first."""
-        raised: list[BaseException] = []
-
-        def one(rank: Rank) -> None:
-            try:
-                function(rank)
-            except BaseException as error:
-                raised.append(error)
-                self.toolchain.stop()
-
-        self._run(one)
-        if raised:
-            self.toolchain.reset()
-            raise raised[0]
-
-    def failures(self, function: Callable[[Rank], object]) -> list[CallFailed | None]:
-        """Call a function for every rank at once; return the calls' failures."""
-        failed: list[CallFailed | None] = [None] * len(self.ranks)
-
-        def one(rank: Rank) -> None:
-            try:
-                function(rank)
-            except CallFailed as error:
-                failed[rank.rank] = error
-
-        self._run(one)
-        return failed
-
-    def _run(self, function: Callable[[Rank], None]) -> None:
-        with ThreadPoolExecutor(len(self.ranks)) as pool:
-            list(pool.map(function, self.ranks))
 
 
 # --- what must come out ------------------------------------------------------------------------

@@ -58,6 +58,51 @@ class CallFailed(Exception):
         super().__init__(f"{self.failure}: {self.record}")
 
 
+class RanksAsThreads:
+    """Ranks of a group, each a thread of this process while it calls.
+
+    Attributes:
+        toolchain: What their kernels run on.
+        ranks: The ranks.
+    """
+
+    toolchain: Toolchain
+    ranks: list[Any]
+
+    def run(self, function: Callable[[Any], object]) -> None:
+        """Call a function for every rank at once; raises what was raised first."""
+        raised: list[BaseException] = []
+
+        def one(rank: Any) -> None:
+            try:
+                function(rank)
+            except BaseException as error:
+                raised.append(error)
+                self.toolchain.stop()
+
+        self._run(one)
+        if raised:
+            self.toolchain.reset()
+            raise raised[0]
+
+    def failures(self, function: Callable[[Any], object]) -> list[CallFailed | None]:
+        """Call a function for every rank at once; return the calls' failures."""
+        failed: list[CallFailed | None] = [None] * len(self.ranks)
+
+        def one(rank: Any) -> None:
+            try:
+                function(rank)
+            except CallFailed as error:
+                failed[rank.rank] = error
+
+        self._run(one)
+        return failed
+
+    def _run(self, function: Callable[[Any], None]) -> None:
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            list(pool.map(function, self.ranks))
+
+
 class Memory:
     """One rank's memory: every array starts poisoned and lies between guards."""
 
@@ -487,7 +532,7 @@ class Rank:
             raise failed
 
 
-class World:
+class World(RanksAsThreads):
     """All ranks of a group, threads of this process.
 
     Args:
@@ -515,39 +560,6 @@ class World:
         self.areas = Areas(**vars(areas), grid=grid)
         self.ranks: list[Rank] = []
         self.ranks += [Rank(self, rank) for rank in range(sizes.num_ranks)]
-
-    def run(self, function: Callable[[Rank], object]) -> None:
-        """Call a function for every rank at once; raises what was raised first."""
-        raised: list[BaseException] = []
-
-        def one(rank: Rank) -> None:
-            try:
-                function(rank)
-            except BaseException as error:
-                raised.append(error)
-                self.toolchain.stop()
-
-        self._run(one)
-        if raised:
-            self.toolchain.reset()
-            raise raised[0]
-
-    def failures(self, function: Callable[[Rank], object]) -> list[CallFailed | None]:
-        """Call a function for every rank at once; return the calls' failures."""
-        failed: list[CallFailed | None] = [None] * len(self.ranks)
-
-        def one(rank: Rank) -> None:
-            try:
-                function(rank)
-            except CallFailed as error:
-                failed[rank.rank] = error
-
-        self._run(one)
-        return failed
-
-    def _run(self, function: Callable[[Rank], None]) -> None:
-        with ThreadPoolExecutor(len(self.ranks)) as pool:
-            list(pool.map(function, self.ranks))
 
 
 def staged_bytes(row_bytes: int, num_scales: int, num_topk: int) -> int:
