@@ -249,7 +249,7 @@ def low_latency_rows_bytes(shape: LowLatencyShape, num_lines: int) -> int:
 
 def low_latency_region_bytes(shape: LowLatencyShape) -> int:
     """Return the bytes of both slots' rows with which calls of a shape never have to grow."""
-    lines = max(shape.num_ranks, min(MAX_LOW_LATENCY_TOPK, shape.num_experts))
+    lines = max(shape.num_ranks, MAX_LOW_LATENCY_TOPK)
     return 2 * low_latency_rows_bytes(shape, lines)
 
 

@@ -60,7 +60,7 @@ class LowLatencyCalls:
     ) -> int:
         """Return the bytes a rank with which low-latency calls of this shape never have to grow.
 
-        What is enough for the host engine is enough for the cuda engine, which needs less.
+        Engines need different amounts.
 
         Args:
             num_max_dispatch_tokens_per_rank: Most tokens that a rank passes in one call.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+from gpus import on_gpus
 from launch import Result
 
 SMALL = "--batch=32 --hidden=32 --expert-hidden=32 --experts=12 --steps=5"
@@ -18,9 +19,7 @@ def first_loss(result: Result) -> float:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    "num_ranks", [pytest.param(n, marks=pytest.mark.gpu(n), id=str(n)) for n in (1, 3, 4)]
-)
+@on_gpus(1, 2, 3, 4)
 def test_demo_agrees_with_its_reference(mpiexec: Callable[..., Result], num_ranks: int) -> None:
     arguments = ("demo_check", num_ranks, *SMALL.split())
     on_gpus = mpiexec(*arguments, timeout_s=110, env={"EPCOMM_ENGINE": "cuda"})

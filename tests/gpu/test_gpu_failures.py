@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from gpus import on_gpus
 from launch import Result
 
 SCENARIOS = (
@@ -13,8 +14,8 @@ SCENARIOS = (
 )
 
 
-@pytest.mark.gpu(4)
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_failing_call(mpiexec: Callable[..., Result], scenario: str) -> None:
-    mpiexec("gpu_fail", 4, "cupy", scenario, timeout_s=80)
+@on_gpus(2, 4)
+def test_a_failing_call(mpiexec: Callable[..., Result], num_ranks: int, scenario: str) -> None:
+    mpiexec("gpu_fail", num_ranks, "cupy", scenario, timeout_s=80)

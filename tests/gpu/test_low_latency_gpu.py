@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from gpus import on_gpus
 from launch import Result
 
 FRAMES = {"cupy": "cupy", "torch-cuda": "torch"}
 GRAPHS = ("graph", "hooks", "two-shapes", "mixed")
-pytestmark = [pytest.mark.gpu(4), pytest.mark.timeout(90)]
+pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.mark.parametrize("mode", GRAPHS)
 @pytest.mark.parametrize("frame", list(FRAMES))
-def test_replays_follow_their_inputs(mpiexec: Callable[..., Result], frame: str, mode: str) -> None:
+@on_gpus(2, 4)
+def test_replays_follow_their_inputs(
+    mpiexec: Callable[..., Result], num_ranks: int, frame: str, mode: str
+) -> None:
     pytest.importorskip(FRAMES[frame], reason=f"{FRAMES[frame]} is not installed")
-    mpiexec("gpu_decode", 4, frame, mode, timeout_s=80)
+    mpiexec("gpu_decode", num_ranks, frame, mode, timeout_s=80)
 
 
 @pytest.mark.parametrize("mode", ["overlap", "shrink", "gone"])
-def test_ranks_that_are_late(mpiexec: Callable[..., Result], mode: str) -> None:
-    mpiexec("gpu_decode", 4, "cupy", mode, timeout_s=80)
+@on_gpus(2, 4)
+def test_ranks_that_are_late(mpiexec: Callable[..., Result], num_ranks: int, mode: str) -> None:
+    mpiexec("gpu_decode", num_ranks, "cupy", mode, timeout_s=80)
