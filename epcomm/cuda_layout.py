@@ -45,6 +45,8 @@ _ALIGNMENT = 256
 _WORD = 4
 #: A staged row begins where 16-byte accesses may.
 _ROW_ALIGNMENT = 16
+#: Bytes of a cache line.
+_LINE = 128
 
 
 def _round_up(num_bytes: int, multiple: int = _ALIGNMENT) -> int:
@@ -152,7 +154,9 @@ def staged_row_bytes(row_bytes: int, num_scales: int, num_topk: int) -> int:
         num_scales: Scales of the row, a word each.
         num_topk: Choices that travel with the row, an index and a weight each; 0 with a handle.
     """
-    return _round_up(row_bytes + (num_scales + 2 * num_topk) * _WORD, _ROW_ALIGNMENT)
+    num_bytes = row_bytes + (num_scales + 2 * num_topk) * _WORD
+    # Whole lines cross faster; short rows would get too long for it.
+    return _round_up(num_bytes, _LINE if num_bytes >= 32 * _LINE else _ROW_ALIGNMENT)
 
 
 def slot_row_bytes(row_bytes: int, num_topk: int) -> int:

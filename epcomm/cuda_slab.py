@@ -61,7 +61,11 @@ class CudaSlabs:
         found = group.allgather(unreachable, timeout_s=timeout_s, phase="looking for peer access")
         _raise_first(UnsupportedConfig, found)
         mine = offers[group.rank]
-        #: Whether another rank is a thread of this process and uses the same GPU.
+        #: Whether another rank is a thread of this process.
+        self.are_threads = any(
+            offer.pid == mine.pid for rank, offer in enumerate(offers) if rank != group.rank
+        )
+        #: Whether one of those uses the same GPU.
         self.has_neighbour = any(
             (offer.pid, offer.device) == (mine.pid, mine.device)
             for rank, offer in enumerate(offers)

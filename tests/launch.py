@@ -119,7 +119,13 @@ def run_ranks(
     return result
 
 
-def run_threads_of(program: str, num_ranks: int, *args: object, timeout_s: float = 120.0) -> Result:
+def run_threads_of(
+    program: str,
+    num_ranks: int,
+    *args: object,
+    timeout_s: float = 120.0,
+    env: Mapping[str, str] | None = None,
+) -> Result:
     """Run tests/ranks/<program>.py in one process, whose threads play ranks; as `run_ranks`.
 
     Args:
@@ -127,12 +133,14 @@ def run_threads_of(program: str, num_ranks: int, *args: object, timeout_s: float
         num_ranks: How many ranks print the success mark.
         *args: The program's arguments, each made a string.
         timeout_s: As for `run_ranks`.
+        env: As for `run_ranks`.
 
     Raises:
         AssertionError: The program failed, a mark is missing, or the deadline passed.
     """
     path = ROOT / "tests" / "ranks" / f"{program}.py"
-    result = _run([sys.executable, str(path), *map(str, args)], _clean_environment(), timeout_s)
+    command = [sys.executable, str(path), *map(str, args)]
+    result = _run(command, _clean_environment() | dict(env or {}), timeout_s)
     ends_well = not result.timed_out and result.returncode == 0
     if not ends_well or result.ok_ranks() != list(range(num_ranks)):
         raise AssertionError(str(result))

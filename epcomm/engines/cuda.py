@@ -39,6 +39,7 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
+from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_low_latency import CudaLowLatency
 from epcomm.errors import CommTimeout, InvalidArgument, UnsupportedConfig
 from epcomm.gpus import has_bulk_copies
@@ -150,6 +151,7 @@ class CudaEngine:
             cupy.cuda.runtime.deviceSynchronize()
             self._areas = _first_areas(group.size, num_bytes)
             self._slabs = self._make_slabs()
+            self._launcher = PeerLauncher(group, self._slabs.are_threads, timeout_s)
             self._call = self._make_call()
             self._low_latency = CudaLowLatency(
                 group,
@@ -159,6 +161,7 @@ class CudaEngine:
                 record=self._record,
                 timeout_s=timeout_s,
                 can_mask=can_mask,
+                launcher=self._launcher,
                 stream=lambda: self._stream,
                 is_capturing=lambda: self._is_capturing,
                 before_growth=self._settle,
@@ -288,6 +291,10 @@ class CudaEngine:
         )
         if error is not None:
             raise error
+
+    def _launch(self, spec: kernels.KernelSpec, **options: Any) -> None:
+        """Start a kernel that waits for peers, on the stream of the call in hand."""
+        self._launcher.launch(spec, stream=self._stream, meets=not self._is_capturing, **options)
 
     # --- layout --------------------------------------------------------------------------------
 
@@ -430,9 +437,8 @@ class CudaEngine:
                 0,
             ),
         )
-        launch(
+        self._launch(
             kernels.route_spec(num_ranks),
-            stream=self._stream,
             num_blocks=num_ranks,
             num_threads=_ROUTE_THREADS,
             params=params,
@@ -515,9 +521,8 @@ class CudaEngine:
         num_warps = cuda_tuning.dispatch_warps(staged)
         num_stages = cuda_tuning.dispatch_stages(staged)
         has_bulk = self._has_bulk and num_warps > 0
-        launch(
+        self._launch(
             kernels.dispatch_spec(self._group.size, has_bulk, num_stages),
-            stream=self._stream,
             num_blocks=self._num_blocks(request.num_sms),
             num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
             params=params,
@@ -578,9 +583,8 @@ class CudaEngine:
             shape.num_send_warps, shape.num_stages, unit_rows * row_bytes
         )
         has_bulk = self._has_bulk and ring_bytes <= cuda_tuning.MAX_RING_BYTES
-        launch(
+        self._launch(
             kernels.combine_spec(self._group.size, has_bulk, data.dtype.name, shape),
-            stream=self._stream,
             num_blocks=self._num_blocks(request.num_sms),
             num_threads=shape.num_threads,
             params=params,
@@ -600,9 +604,8 @@ class CudaEngine:
         if not record.is_exact or self._is_capturing:
             raise self._no_room(needed)
         # Ranks that agree all need the same; one that does not would wait for the others in vain.
-        launch(
+        self._launch(
             kernels.agree_spec(self._group.size),
-            stream=self._stream,
             num_blocks=1,
             num_threads=_AGREE_THREADS,
             params=cuda_params.pack(cuda_params.AGREE, self._call, header, ()),
@@ -674,6 +677,7 @@ class CudaEngine:
             is_async=False,
         )
         self.begin(order)
+        self._launcher.set_masked(rank, is_masked)
         self._low_latency.set_masked(rank, is_masked)
         self.end(order, None)
 

@@ -26,13 +26,13 @@ from epcomm.engines.base import (
     LowLatencyDispatchResult,
     LowLatencyShape,
 )
+from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_tuning import LOW_LATENCY_GRID, low_latency_parts
 from epcomm.engines.host_low_latency import allocate_result
 from epcomm.errors import InvalidArgument, TransportError
 from epcomm.fp8 import num_scales
 from epcomm.group import Group
 from epcomm.jit import kernels
-from epcomm.jit.launch import launch
 
 _NUM_SLOTS = 2
 # As in comm/low_latency.cuh.
@@ -89,6 +89,7 @@ class CudaLowLatency:
         record: FAILURE_RECORD in pinned memory, the engine's.
         timeout_s: Deadline of every wait, in seconds.
         can_mask: Whether ranks that do not answer are masked in place of failing.
+        launcher: Starts the kernels.
         stream: Gives the stream of the call in hand.
         is_capturing: Tells whether that stream is being captured.
         before_growth: Waits until this rank's calls are done, and raises what failed in them.
@@ -103,6 +104,7 @@ class CudaLowLatency:
         record: npt.NDArray[np.void],
         timeout_s: float,
         can_mask: bool,
+        launcher: PeerLauncher,
         stream: Callable[[], Any],
         is_capturing: Callable[[], bool],
         before_growth: Callable[[], None],
@@ -110,6 +112,7 @@ class CudaLowLatency:
         self._group, self._device = group, device
         self._num_blocks = num_blocks
         self._record, self._timeout_s, self._can_mask = record, timeout_s, can_mask
+        self._launcher = launcher
         self._stream, self._is_capturing = stream, is_capturing
         self._before_growth = before_growth
         self._num_calls = 0
@@ -221,9 +224,12 @@ class CudaLowLatency:
                 int(self._timeout_s * 1e9),
                 *(self._group.rank, phases, int(self._can_mask), 0),
             )
-            launch(
+            self._launcher.launch(
                 call.spec,
                 stream=self._stream(),
+                # What is only received was sent by kernels that are launched.
+                meets=bool(phases & _SENDS) and not self._is_capturing(),
+                can_mask=self._can_mask,
                 num_blocks=self._num_blocks(),
                 num_threads=LOW_LATENCY_GRID.num_threads,
                 params=cuda_params.pack_all(call.params, (*common, *own)),

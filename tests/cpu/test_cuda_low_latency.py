@@ -22,7 +22,7 @@ from ranks import oracle
 from epcomm import run_threads
 from epcomm.arrays import ArrayView, empty_aligned, view_numpy
 from epcomm.cuda_layout import low_latency_region_bytes
-from epcomm.engines import cuda_failures, cuda_params
+from epcomm.engines import cuda_failures, cuda_launch, cuda_params
 from epcomm.engines.base import (
     CombinePrecision,
     Fp8Format,
@@ -104,7 +104,7 @@ def on_cpu(toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda_low_latency, "cupy", _CUPY)
     monkeypatch.setattr(cuda_low_latency, "CudaSlabs", _Slabs)
-    monkeypatch.setattr(cuda_low_latency, "launch", launch)
+    monkeypatch.setattr(cuda_launch, "launch", launch)
 
 
 class _Rank:
@@ -127,6 +127,7 @@ class _Rank:
             record=self.record,
             timeout_s=timeout_s,
             can_mask=can_mask,
+            launcher=cuda_launch.PeerLauncher(group, False, timeout_s),
             stream=lambda: stream,
             is_capturing=lambda: self.is_capturing,
             before_growth=lambda: None,

@@ -56,11 +56,20 @@ def digests_in(result: Result, kind: str, num_ranks: int) -> Digests:
 
 
 @cache
-def on_threads(frame: str, kind: str, num_ranks: int) -> Digests:
-    """Run all programs with ranks as threads of a new process."""
+def on_threads(frame: str, kind: str, num_ranks: int, num_gpus: int = 0) -> Digests:
+    """Run all programs with ranks as threads of a new process; on all GPUs, or on some."""
     arguments = (frame, "--threads", num_ranks, *PROGRAMS[kind])
-    result = run_threads_of("gpu_contract", num_ranks, *arguments, timeout_s=TIMEOUT_S)
+    # One queue for each stream: kernels of one rank must not stand behind those of another.
+    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    if num_gpus:
+        env["CUDA_VISIBLE_DEVICES"] = gpus_up_to(num_gpus)
+    result = run_threads_of("gpu_contract", num_ranks, *arguments, timeout_s=TIMEOUT_S, env=env)
     return digests_in(result, kind, num_ranks)
+
+
+def gpus_up_to(number: int) -> str:
+    """Return what makes CUDA show so many GPUs."""
+    return ",".join(map(str, range(number)))
 
 
 def want(frame: str, kind: str, num_ranks: int) -> Digests:
@@ -71,7 +80,7 @@ def want(frame: str, kind: str, num_ranks: int) -> Digests:
     return {name: contract.run_as_threads(name, num_ranks, ON_CPU[frame]) for name in programs}
 
 
-@runs(throughput=(1, 2, 3, 4), low_latency=(1, 3))
+@runs(throughput=(1, 2, 3, 4), low_latency=(1, 2, 3))
 @frames
 def test_with_ranks_as_threads(frame: str, kind: str, num_ranks: int) -> None:
     need(frame)
@@ -88,12 +97,32 @@ def test_under_mpi_with_the_same_bits(
     assert digests_in(result, kind, num_ranks) == want(frame, kind, num_ranks)
 
 
-@pytest.mark.gpu(1)
+@pytest.mark.parametrize(
+    ("frame", "num_gpus", "num_ranks"),
+    [
+        pytest.param(frame, num_gpus, num_ranks, marks=pytest.mark.gpu(num_gpus))
+        for frame, num_gpus, num_ranks in (
+            *((frame, 1, 2) for frame in ON_CPU),
+            *(("cupy", 2, num_ranks) for num_ranks in (3, 4, 8)),
+        )
+    ],
+)
 @pytest.mark.parametrize("kind", list(PROGRAMS))
-@frames
-def test_two_ranks_on_one_gpu(mpiexec: Callable[..., Result], frame: str, kind: str) -> None:
-    """Processes take turns on the GPU, so every wait for a peer lasts a time slice."""
+def test_ranks_that_share_gpus(
+    mpiexec: Callable[..., Result], kind: str, frame: str, num_gpus: int, num_ranks: int
+) -> None:
+    """Processes take turns on a GPU, so every wait for a peer lasts a time slice."""
     need(frame)
-    env = {"CUDA_VISIBLE_DEVICES": "0"}
-    result = mpiexec("gpu_contract", 2, frame, *PROGRAMS[kind], timeout_s=TIMEOUT_S, env=env)
-    assert digests_in(result, kind, 2) == want(frame, kind, 2)
+    env = {"CUDA_VISIBLE_DEVICES": gpus_up_to(num_gpus)}
+    arguments = ("gpu_contract", num_ranks, frame, *PROGRAMS[kind])
+    result = mpiexec(*arguments, timeout_s=TIMEOUT_S, env=env)
+    assert digests_in(result, kind, num_ranks) == want(frame, kind, num_ranks)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("kind", list(PROGRAMS))
+@pytest.mark.parametrize("frame", ["cupy", "torch-cuda"])
+def test_threads_that_share_a_gpu(frame: str, kind: str, num_ranks: int) -> None:
+    need(frame)
+    assert on_threads(frame, kind, num_ranks, 1) == want(frame, kind, num_ranks)

@@ -102,6 +102,11 @@ class NumpyFrame:
         """Set up the framework for arrays of this kind, in all threads, and restore it."""
         yield
 
+    @contextmanager
+    def own_stream(self) -> Iterator[None]:
+        """Make a new stream the current one of this thread, where the framework can."""
+        yield
+
     def gpu(self) -> int:
         """Return the number of the rank's GPU."""
         return _current_gpu()
@@ -278,6 +283,11 @@ class CupyFrame(NumpyFrame):
     def set_up(self, rank: int) -> None:
         choose_gpu(rank)
 
+    @contextmanager
+    def own_stream(self) -> Iterator[None]:
+        with self._cupy.cuda.Stream(non_blocking=True):
+            yield
+
 
 class TorchCudaFrame(TorchFrame):
     """torch tensors on the rank's GPU."""
@@ -313,6 +323,11 @@ class TorchCudaFrame(TorchFrame):
 
     def set_up(self, rank: int) -> None:
         self._torch.cuda.set_device(choose_gpu(rank))
+
+    @contextmanager
+    def own_stream(self) -> Iterator[None]:
+        with self._torch.cuda.stream(self._torch.cuda.Stream()):
+            yield
 
 
 class JaxCudaFrame(JaxFrame):

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 os.environ["EPCOMM_ENGINE"] = "cuda"  # for Buffers that a program does not make itself
@@ -35,9 +36,11 @@ def main() -> None:
         rank = as_group(group).rank
         frame.set_up(rank)
         lines = []
-        for name, module in modules.items():
-            digest = module.run(group, frame, "cuda")
-            lines.append(f"EPCOMM-DIGEST {name} {rank} {digest}\n")
+        # Threads that share a GPU must not share its default stream.
+        with frame.own_stream() if options.threads else nullcontext():
+            for name, module in modules.items():
+                digest = module.run(group, frame, "cuda")
+                lines.append(f"EPCOMM-DIGEST {name} {rank} {digest}\n")
         # One write, so that the lines of other ranks do not fall between.
         sys.stdout.write("".join(lines) + f"EPCOMM-OK {rank}\n")
         sys.stdout.flush()

@@ -7,13 +7,8 @@ Ranks are threads, each with a stream of its own.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
-
-# A kernel that is loaded at its first launch would wait for those of the other rank, which wait
-# for it.
-os.environ["CUDA_MODULE_LOADING"] = "EAGER"
 
 from common import Checker, frame_of
 from contract_dispatch import (
