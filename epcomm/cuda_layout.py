@@ -207,6 +207,10 @@ def constants(num_ranks: int) -> dict[str, int]:
 
 _HEADER_CELLS = 8
 _ENTRY_BYTES = 16
+#: Rows of at most so many bytes, of ranks with few tokens, cross as cells of a word and an epoch.
+MAX_CELL_ROW_BYTES = 16384
+MAX_CELL_TOKENS = 16
+_CELL_ROW_STRIDE = MAX_CELL_ROW_BYTES // _WORD * 8
 
 
 def _low_latency_offsets(num_ranks: int) -> dict[str, int]:
@@ -217,6 +221,7 @@ def _low_latency_offsets(num_ranks: int) -> dict[str, int]:
         "kOffsetLowLatencyHeaders": 2 * MAX_RANKS * _HEADER_CELLS * 8,
         "kOffsetLowLatencyFlags": 2 * MAX_LOW_LATENCY_TOPK * MAX_LOW_LATENCY_TOKENS * 4,
         "kOffsetLowLatencyTables": 2 * num_ranks * entries * _ENTRY_BYTES,
+        "kOffsetLowLatencyCells": 2 * num_ranks * MAX_CELL_TOKENS * _CELL_ROW_STRIDE,
         "kOffsetLowLatencyRows": 0,
     }
     offsets, end = {}, 0
@@ -236,6 +241,8 @@ def low_latency_constants(num_ranks: int) -> dict[str, int]:
     return {
         "kMaxLowLatencyTokens": MAX_LOW_LATENCY_TOKENS,
         "kMaxLowLatencyTopk": MAX_LOW_LATENCY_TOPK,
+        "kMaxCellRowBytes": MAX_CELL_ROW_BYTES,
+        "kMaxCellTokens": MAX_CELL_TOKENS,
         "kNumLowLatencyAgreed": len(LOW_LATENCY_AGREED),
         **_low_latency_offsets(num_ranks),
     }

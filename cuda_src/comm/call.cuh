@@ -29,6 +29,7 @@ enum Phase : i32 {
   kReceived,
   kLowLatencyTables,
   kLowLatencyRows,
+  kLowLatencyCells,
 };
 
 enum Failure : i32 {

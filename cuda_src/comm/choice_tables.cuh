@@ -16,8 +16,6 @@ namespace epcomm::comm {
 
 // --- headers and tables ------------------------------------------------------------------------
 
-__device__ __forceinline__ u64 cell_of(u32 epoch, u32 word) { return (u64(epoch) << 32) | word; }
-
 // This lane's choice of a token of this rank, -1 where it has none. What may not be chosen, and
 // what is chosen twice, is left out, and reported where asked for. By all lanes of a warp.
 __device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_idx, u32 is_64_bit,
@@ -183,6 +181,10 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
 
 constexpr u32 kNoRow = ~0u;
 
+// A choice of another rank's expert, among those that a block keeps.
+constexpr u16 kNotHere = 0xffff;
+static_assert(kMaxLocalExperts < kNotHere, "a kept choice has 16 bits");
+
 // A choice of a token for an expert of this rank, and where the expert has the token's row.
 struct Choice {
   u32 expert;
@@ -197,8 +199,20 @@ struct Span {
   u32 end;
 };
 
-// Some neighbouring tokens of a source. In shared memory.
+// What a block has of a source's parts.
+struct Range {
+  u32 begin;
+  u32 end;
+  u32 num_parts;    // of a row
+  u32 first_entry;  // of the source among all sources' choices
+
+  __device__ __forceinline__ u32 first_token() const { return begin / num_parts; }
+  __device__ __forceinline__ u32 end_token() const { return ceil_div(end, num_parts); }
+};
+
+// A block's ranges, and some neighbouring tokens of a source. In shared memory.
 struct Chunk {
+  Range ranges[kNumRanks];
   Choice choices[kChunkEntries];  // a token's are at its number in the chunk times num_topk
   u32 num_choices[kChunkEntries];
 };
@@ -223,30 +237,39 @@ __device__ inline void place_choices(Choice* choices, u32 num_topk, Span* spans,
 }
 
 // Works out the choices of tokens [begin, end) of a source. By all threads, which then meet.
+//   kept   the source's choices as local experts, or kNotHere; null where the block keeps none
 //   spans  [local experts] the source's rows from first_token on; left with those behind the chunk
 // NOTE: a function of its own, as its callers need their registers.
 template <bool kHasWeights>
 __device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round& round, u32 source,
-                                         u32 first_token, u32 begin, u32 end, Span* spans,
-                                         Chunk* chunk, Arrivals* arrivals) {
+                                         u32 first_token, u32 begin, u32 end, const u16* kept,
+                                         Span* spans, Chunk* chunk, Arrivals* arrivals) {
   const u32 num_topk = call.shape.num_topk, num_local = num_local_experts(call);
   const u32 chunk_begin = begin * num_topk;
-  const u64* table = slab::table(call.slabs, call.rank, round.slot, source);
-  read_entries<kHasWeights>(
-      call, round, first_token * num_topk, end * num_topk, arrivals,
-      [=](u32 i, u32* whose) {
-        *whose = source;
-        return table + i * slab::kEntryWords;
-      },
-      [&](u32 i, i32 expert, u32 weight) {
-        const u32 local = static_cast<u32>(expert) - call.rank * num_local;
-        const bool is_here = expert >= 0 && local < num_local;
-        if (i >= chunk_begin) {
-          chunk->choices[i - chunk_begin] = {is_here ? local : kNoRow, 0, i % num_topk, weight};
-        } else if (is_here) {
-          atomicAdd(&spans[local].next, 1u);
-        }
-      });
+  auto place = [&](u32 i, u32 local, u32 weight) {
+    if (i >= chunk_begin) {
+      chunk->choices[i - chunk_begin] = {local, 0, i % num_topk, weight};
+    } else if (local != kNoRow) {
+      atomicAdd(&spans[local].next, 1u);
+    }
+  };
+  if (kept != nullptr) {
+    for (u32 i = first_token * num_topk + threadIdx.x; i < end * num_topk; i += blockDim.x) {
+      place(i, kept[i] == kNotHere ? kNoRow : kept[i], 0);
+    }
+  } else {
+    const u64* table = slab::table(call.slabs, call.rank, round.slot, source);
+    read_entries<kHasWeights>(
+        call, round, first_token * num_topk, end * num_topk, arrivals,
+        [=](u32 i, u32* whose) {
+          *whose = source;
+          return table + i * slab::kEntryWords;
+        },
+        [&](u32 i, i32 expert, u32 weight) {
+          const u32 local = static_cast<u32>(expert) - call.rank * num_local;
+          place(i, expert >= 0 && local < num_local ? local : kNoRow, weight);
+        });
+  }
   __syncthreads();
   if (warp_index() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
     for (u32 token = 0; token < end - begin; ++token) {
@@ -268,51 +291,85 @@ struct Part {
   __device__ __forceinline__ u32 item() const { return token * num_parts + index; }
 };
 
-// Gives every part of the sources' rows to one group of one block; neighbouring ones to a block. By
-// all threads; false where the call has failed.
-//   span_of(source, expert)  where the source's rows lie at an expert
-//   serve(part)              is called by all threads of a group
-template <bool kHasWeights, typename SpanOf, typename Serve>
-__device__ inline bool for_each_part(const LowLatencyCall& call, const Round& round, u32 sources,
-                                     const LowLatencyShape* headers, Span* spans, Chunk* chunk,
-                                     Arrivals* arrivals, SpanOf span_of, Serve serve) {
-  const u32 num_topk = call.shape.num_topk, num_local = num_local_experts(call);
-  __syncthreads();  // arrivals begin anew
-  u32 total = 0;
-  for (u32 source = 0; source < kNumRanks; ++source) {
-    if ((sources >> source) & 1) total += headers[source].num_tokens * headers[source].num_parts;
+// Parts of a source's rows that a block has in hand: items [begin, end), of the tokens of its
+// chunk.
+struct Parts {
+  u32 source;
+  u32 first_token;  // of the chunk
+  u32 begin;
+  u32 end;
+  u32 num_parts;  // of a row
+  u32 num_topk;
+  const Chunk* chunk;
+
+  __device__ __forceinline__ Part part(u32 item) const {
+    const u32 token = item / num_parts, place = token - first_token;
+    return {source,
+            token,
+            item % num_parts,
+            num_parts,
+            chunk->choices + place * num_topk,
+            chunk->num_choices[place]};
+  }
+};
+
+// Divides all parts among the blocks: this one's of a source.
+__device__ inline Range range_of(const LowLatencyCall& call, u32 sources,
+                                 const LowLatencyShape* headers, u32 source) {
+  u32 total = 0, before = 0, first_entry = 0;
+  for (u32 other = 0; other < kNumRanks; ++other) {
+    const bool takes_part = ((sources >> other) & 1) != 0;
+    const u32 number = takes_part ? headers[other].num_tokens * headers[other].num_parts : 0;
+    total += number;
+    if (other >= source) continue;
+    before += number;
+    first_entry += headers[other].num_tokens * call.shape.num_topk;
   }
   const u32 first = total * blockIdx.x / gridDim.x, last = total * (blockIdx.x + 1) / gridDim.x;
-  u32 base = 0;
+  const bool takes_part = ((sources >> source) & 1) != 0;
+  const u32 num_parts = headers[source].num_parts;
+  const u32 number = takes_part ? headers[source].num_tokens * num_parts : 0;
+  return {first > before ? min_of(first - before, number) : 0,
+          last > before ? min_of(last - before, number) : 0, num_parts, first_entry};
+}
+
+// Gives every part of the sources' rows to one block; neighbouring ones to the same. By all
+// threads; false where the call has failed.
+//   kept                     all sources' choices, or null: see place_chunk
+//   span_of(source, expert)  where the source's rows lie at an expert
+//   serve(parts)             is called by all threads for what the block has in hand
+template <bool kHasWeights, typename SpanOf, typename Serve>
+__device__ inline bool for_each_part(const LowLatencyCall& call, const Round& round, u32 sources,
+                                     const LowLatencyShape* headers, const u16* kept, Span* spans,
+                                     Chunk* chunk, Arrivals* arrivals, SpanOf span_of,
+                                     Serve serve) {
+  if (threadIdx.x < kNumRanks) {
+    chunk->ranges[threadIdx.x] = range_of(call, sources, headers, threadIdx.x);
+  }
+  __syncthreads();  // arrivals begin anew, too
   for (u32 source = 0; source < kNumRanks; ++source) {
-    if (((sources >> source) & 1) == 0) continue;
-    const u32 num_parts = headers[source].num_parts;
-    const u32 num_items = headers[source].num_tokens * num_parts;
-    const u32 begin = first > base ? first - base : 0;
-    const u32 end = last > base ? min_of(last - base, num_items) : 0;
-    base += num_items;
-    if (begin >= end) continue;
-    for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) spans[i] = span_of(source, i);
+    if (chunk->ranges[source].begin >= chunk->ranges[source].end) continue;
+    for (u32 i = threadIdx.x; i < num_local_experts(call); i += blockDim.x) {
+      spans[i] = span_of(source, i);
+    }
     if (threadIdx.x == 0) arrivals->missing = 0;
     __syncthreads();
     u32 counted = 0;
-    const u32 end_token = ceil_div(end, num_parts);
-    for (u32 token = begin / num_parts; token < end_token;) {
-      const u32 next = min_of(token + kChunkEntries / num_topk, end_token);
-      place_chunk<kHasWeights>(call, round, source, counted, token, next, spans, chunk, arrivals);
+    for (u32 token = chunk->ranges[source].first_token();
+         token < chunk->ranges[source].end_token();) {
+      const Range& range = chunk->ranges[source];
+      const u32 next = min_of(token + kChunkEntries / call.shape.num_topk, range.end_token());
+      place_chunk<kHasWeights>(call, round, source, counted, token, next,
+                               kept == nullptr ? nullptr : kept + range.first_entry, spans, chunk,
+                               arrivals);
       if (arrivals->has_failed != 0) return false;
       if (arrivals->missing != 0) {
         if (threadIdx.x == 0) mask(call, source);
         break;
       }
-      const u32 stop = min_of(end, next * num_parts);
-      u32 item = token * num_parts;
-      if (item < begin) item = begin;
-      for (item += group_index(); item < stop; item += kNumGroups) {
-        const u32 place = item / num_parts - token;
-        serve(Part{source, item / num_parts, item % num_parts, num_parts,
-                   chunk->choices + place * num_topk, chunk->num_choices[place]});
-      }
+      serve(Parts{source, token, max_of(range.begin, token * range.num_parts),
+                  min_of(range.end, next * range.num_parts), range.num_parts, call.shape.num_topk,
+                  chunk});
       __syncthreads();
       counted = token = next;
     }

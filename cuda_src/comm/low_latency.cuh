@@ -14,8 +14,10 @@
 //   acquire of received by a lane of each block -> __syncthreads -> stores into the peer's slot
 //   stores of a part's row by a group of warps -> the group's barrier -> release of the part's flag
 //   acquire of the flag by one lane of each warp -> __syncwarp -> loads of the row by all lanes
-// A kernel sends before it receives, all blocks are resident at once, and sending waits for nothing
-// but what earlier kernels of peers post, and, in combine, for tables, which are sent first.
+// Rows of a rank with few tokens cross without flags: each word in a cell with the epoch, which
+// tells by itself that it is there. A kernel sends before it receives, all blocks are resident at
+// once, and sending waits for nothing but what earlier kernels of peers post, and, in combine, for
+// tables, which are sent first.
 //
 // Masks. With can_mask a peer that does not answer in time is masked, in place of a failure; masked
 // peers get nothing, and nobody waits for them.
@@ -128,10 +130,11 @@ struct Awaited {
   u32 word;
 };
 
-// Looks at a cell {epoch, word}, or at a flag, which is an epoch and orders what was written before
-// it. Returns the epoch.
+// Looks at a cell {epoch, word}, which orders nothing else, or at a flag, which is an epoch and
+// orders what was written before it. Returns the epoch.
 __device__ __forceinline__ u32 look(Phase phase, const void* cell, u32* word) {
-  if (phase != kLowLatencyTables) return ptx::ld_acquire_sys_u32(static_cast<const u32*>(cell));
+  const bool is_word = phase == kLowLatencyTables || phase == kLowLatencyCells;
+  if (!is_word) return ptx::ld_acquire_sys_u32(static_cast<const u32*>(cell));
   const u64 value = ptx::ld_relaxed_sys_u64(static_cast<const u64*>(cell));
   *word = static_cast<u32>(value);
   return static_cast<u32>(value >> 32);
@@ -234,7 +237,8 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
     const u32 masked = __ballot_sync(kFullWarp, leaves_out && lane < kNumRanks);
     if (lane == 0) *round = {epoch, slot, masked};
   }
-  return __syncthreads_and(is_good && !has_failed(call));
+  // Not warp 0: the others have looked by the time that it comes here.
+  return __syncthreads_and(is_good && (warp_index() == 0 || !has_failed(call)));
 }
 
 // Ends a call. By all threads.
@@ -274,6 +278,75 @@ __device__ __forceinline__ Granules granules_of(u32 num_bytes, u32 part, u32 num
   const u32 number = ceil_div(num_bytes, kGranuleBytes);
   const u32 size = ceil_div(number, num_parts);
   return {min_of(part * size, number), min_of((part + 1) * size, number)};
+}
+
+// --- rows of few tokens, as cells ----------------------------------------------------------------
+
+__device__ __forceinline__ u64 cell_of(u32 epoch, u32 word) { return (u64(epoch) << 32) | word; }
+
+// Whether the rows of a rank with so many tokens cross as cells.
+__device__ __forceinline__ bool uses_cells(u32 num_tokens, u32 row_bytes) {
+  return num_tokens <= kCellTokens && row_bytes <= kMaxCellRowBytes;
+}
+
+// Where the pair of cells with the word at byte `at` lies. A 16-byte vector has this pair and the
+// one half a granule's cells behind it, so that a warp writes whole lines.
+__device__ __forceinline__ u64* cells_at(u64* row, u32 at) {
+  const u32 granule = at / kGranuleBytes, lane = at % kGranuleBytes / sizeof(Vec16);
+  const u32 half = at % sizeof(Vec16) / (2 * sizeof(u32));
+  return row + granule * (kGranuleBytes / sizeof(u32)) + (half * kWarpSize + lane) * 2;
+}
+
+// The cell of the word at byte `at`.
+__device__ __forceinline__ u64* cell_at(u64* row, u32 at) {
+  return cells_at(row, at) + at / sizeof(u32) % 2;
+}
+
+__device__ __forceinline__ void put_cell(u64* row, u32 at, u32 word, u32 epoch) {
+  ptx::st_relaxed_sys_u64(cell_at(row, at), cell_of(epoch, word));
+}
+
+__device__ __forceinline__ void put_cells(u64* row, u32 at, const Vec16& v, u32 epoch) {
+  u64* cells = cells_at(row, at);
+  ptx::st_relaxed_sys_u64x2(cells, {cell_of(epoch, v.word[0]), cell_of(epoch, v.word[1])});
+  ptx::st_relaxed_sys_u64x2(cells + 2 * kWarpSize,
+                            {cell_of(epoch, v.word[2]), cell_of(epoch, v.word[3])});
+}
+
+// The cells of a vector, as they are now.
+struct VecCells {
+  ptx::U64Pair half[2];
+};
+
+__device__ __forceinline__ VecCells look_at_cells(u64* row, u32 at) {
+  const u64* cells = cells_at(row, at);
+  return {ptx::ld_relaxed_sys_u64x2(cells), ptx::ld_relaxed_sys_u64x2(cells + 2 * kWarpSize)};
+}
+
+// The first of a vector's cells that was not there, or null.
+__device__ __forceinline__ const u64* late_cell(u64* row, u32 at, const VecCells& seen, u32 epoch) {
+  const u64* late = nullptr;
+#pragma unroll
+  for (u32 i = 4; i-- > 0;) {
+    const bool is_late = static_cast<u32>(seen.half[i / 2].value[i % 2] >> 32) != epoch;
+    if (is_late) late = cells_at(row, at) + i / 2 * 2 * kWarpSize + i % 2;
+  }
+  return late;
+}
+
+__device__ __forceinline__ Vec16 words_of(const VecCells& seen) {
+  Vec16 v;
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) v.word[i] = static_cast<u32>(seen.half[i / 2].value[i % 2]);
+  return v;
+}
+
+// One thread's wait for a cell that was late. Masks who does not send it.
+__device__ __forceinline__ Outcome await_cell(const LowLatencyCall& call, const Round& round,
+                                              u32 peer, const u64* late) {
+  const Outcome outcome = await_slowly(call, kLowLatencyCells, peer, round.epoch, late).outcome;
+  if (outcome == Outcome::kMissing) mask(call, peer);
+  return outcome;
 }
 
 }  // namespace epcomm::comm

@@ -27,6 +27,11 @@ __device__ __forceinline__ T min_of(T a, T b) {
 }
 
 template <typename T>
+__device__ __forceinline__ T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
 __device__ __forceinline__ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }

@@ -12,7 +12,8 @@
 //              ascending, and rounded to bf16; the source sums ranks in fp32, ascending
 //   by expert: every expert's row as it is, in the choice's line; the source sums in fp32, choices
 //              ascending
-// The source rounds once more, to bf16. See comm/low_latency.cuh for the ordering.
+// The source rounds once more, to bf16. By rank, rows of a source with few tokens cross as cells,
+// without flags. See comm/low_latency.cuh for the ordering.
 //
 // A source's own table tells it whom to wait for: what the caller passed may have changed by then.
 #include "comm/choice_tables.cuh"
@@ -108,29 +109,56 @@ __device__ __forceinline__ const u8* expert_row(const LowLatencyCombineParams& p
   return params.rows + index * row_bytes_of(params);
 }
 
-__device__ inline void send_sums(const LowLatencyCombineParams& params, const comm::Part& part,
-                                 u8* to) {
-  constexpr u32 kUnroll = 2;
+// Whether a source's rows cross as cells.
+__device__ __forceinline__ bool uses_cells(const LowLatencyCombineParams& params, u32 num_tokens) {
+  return params.call.shape.format == kByRank && comm::uses_cells(num_tokens, row_bytes_of(params));
+}
+
+// Sends the weighted sums of a part's rows.
+__device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
+                                          const comm::Round& round, const comm::Part& part,
+                                          bool is_in_cells) {
+  // So many rows are on their way together: one after the other they take as much longer.
+  constexpr u32 kUnroll = 2, kRows = 4;
+  const comm::LowLatencyCall& call = params.call;
+  u64* cells =
+      slab::cell_row(call.slabs, part.source, round.slot, call.rank, is_in_cells ? part.token : 0);
+  u8* to = slot_row(params, round, part.source, call.rank, part.token);
   const Vectors vectors = vectors_of(params, part.index, part.num_parts);
   for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kStep) {
     Sums sums[kUnroll];
-    for (u32 i = 0; i < part.num_choices; ++i) {
-      const comm::Choice& choice = part.choices[i];
-      if (choice.row == comm::kNoRow) continue;
-      const u8* row = expert_row(params, choice);
-      Vec16 v[kUnroll];
+    for (u32 first = 0; first < part.num_choices; first += kRows) {
+      const comm::Choice* choices = part.choices + first;
+      const u32 number = min_of(kRows, part.num_choices - first);
+      Vec16 v[kRows][kUnroll];
 #pragma unroll
-      for (u32 j = 0; j < kUnroll; ++j) {
-        if (at + j * kStep < vectors.end) v[j] = ptx::ld_no_allocate_vec16(row + at + j * kStep);
+      for (u32 i = 0; i < kRows; ++i) {
+        if (i >= number || choices[i].row == comm::kNoRow) continue;
+        const u8* row = expert_row(params, choices[i]);
+#pragma unroll
+        for (u32 j = 0; j < kUnroll; ++j) {
+          if (at + j * kStep < vectors.end) {
+            v[i][j] = ptx::ld_no_allocate_vec16(row + at + j * kStep);
+          }
+        }
       }
 #pragma unroll
-      for (u32 j = 0; j < kUnroll; ++j) {
-        if (at + j * kStep < vectors.end) sums[j].add(v[j], ptx::as_float(choice.weight));
+      for (u32 i = 0; i < kRows; ++i) {
+        if (i >= number || choices[i].row == comm::kNoRow) continue;
+#pragma unroll
+        for (u32 j = 0; j < kUnroll; ++j) {
+          if (at + j * kStep < vectors.end) {
+            sums[j].add(v[i][j], ptx::as_float(choices[i].weight));
+          }
+        }
       }
     }
 #pragma unroll
     for (u32 j = 0; j < kUnroll; ++j) {
-      if (at + j * kStep < vectors.end) {
+      if (at + j * kStep >= vectors.end) continue;
+      if (is_in_cells) {
+        comm::put_cells(cells, at + j * kStep, sums[j].rounded(), round.epoch);
+      } else {
         ptx::st_no_allocate_vec16(to + at + j * kStep, sums[j].rounded());
       }
     }
@@ -159,13 +187,14 @@ __device__ inline void send_row(const LowLatencyCombineParams& params, const com
 }
 
 // Sends what this rank's experts have for a part of a source's token. By all threads of a group.
-__device__ inline void send_part(const LowLatencyCombineParams& params, const comm::Round& round,
-                                 const comm::Part& part) {
+__device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
+                                          const comm::Round& round, const comm::Part& part,
+                                          bool is_in_cells) {
   const comm::LowLatencyCall& call = params.call;
-  if (part.num_choices == 0) return;
   const bool is_by_rank = call.shape.format == kByRank;
   if (is_by_rank) {
-    send_sums(params, part, slot_row(params, round, part.source, call.rank, part.token));
+    send_sums(params, round, part, is_in_cells);
+    if (is_in_cells) return;
   } else {
     for (u32 i = 0; i < part.num_choices; ++i) {
       const comm::Choice& choice = part.choices[i];
@@ -177,6 +206,17 @@ __device__ inline void send_part(const LowLatencyCombineParams& params, const co
   const u32 line = is_by_rank ? call.rank : part.choices[lane_index()].k;
   ptx::st_release_sys_u32(slab::flags(call.slabs, part.source, round.slot, line) + part.item(),
                           round.epoch);
+}
+
+// Sends parts of a source's rows. By all threads.
+// NOTE: a function of its own, as its caller needs its registers.
+__device__ __forceinline__ void send_parts(const LowLatencyCombineParams& params,
+                                        const comm::Round& round, comm::Parts parts,
+                                        bool are_in_cells) {
+  for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
+    const comm::Part part = parts.part(item);
+    if (part.num_choices > 0) send_part(params, round, part, are_in_cells);
+  }
 }
 
 // --- receiving ---------------------------------------------------------------------------------
@@ -214,21 +254,72 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
   return {lane < kNumRanks && ((ranks >> lane) & 1) != 0, lane, 1.0f};
 }
 
+// The same where the rows come in cells, from the ranks of `lines`. By all threads of a group.
+__device__ __noinline__ void sum_cells(const LowLatencyCombineParams& params,
+                                       const comm::Round& round, u32 item, u32 lines) {
+  constexpr u32 kBatch = 4;
+  const comm::LowLatencyCall& call = params.call;
+  const u32 num_parts = call.shape.num_parts, token = item / num_parts;
+  u8* out = params.out + u64(token) * row_bytes_of(params);
+  const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
+  for (u32 at = vectors.first; at < vectors.end; at += kStep) {
+    Sums sums;
+#pragma unroll
+    for (u32 first = 0; first < kNumRanks; first += kBatch) {
+      comm::VecCells seen[kBatch];
+      while (true) {
+        const u64* late = nullptr;
+        u32 peer = 0;
+#pragma unroll
+        for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+          if (((lines >> rank) & 1) == 0) continue;
+          u64* row = slab::cell_row(call.slabs, call.rank, round.slot, rank, token);
+          seen[rank - first] = comm::look_at_cells(row, at);
+        }
+#pragma unroll
+        for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+          if (late != nullptr || ((lines >> rank) & 1) == 0) continue;
+          u64* row = slab::cell_row(call.slabs, call.rank, round.slot, rank, token);
+          late = comm::late_cell(row, at, seen[rank - first], round.epoch);
+          peer = rank;
+        }
+        if (late == nullptr) break;
+        const comm::Outcome outcome = comm::await_cell(call, round, peer, late);
+        if (outcome == comm::Outcome::kFailed) return;
+        if (outcome == comm::Outcome::kMissing) lines &= ~(1u << peer);
+      }
+#pragma unroll
+      for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+        if ((lines >> rank) & 1) sums.add(comm::words_of(seen[rank - first]));
+      }
+    }
+    ptx::st_no_allocate_vec16(out + at, sums.rounded());
+  }
+}
+
 // Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
 __device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
                                       const comm::Round& round, u32 item) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
   const Line line = own_line(params, round, token);
+  const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
   comm::Outcome outcome = comm::Outcome::kMissing;
   if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
-    const u32* flag = slab::flags(call.slabs, call.rank, round.slot, lane_index()) + item;
-    outcome = comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;
+    outcome = comm::Outcome::kArrived;
+    if (!is_in_cells) {
+      const u32* flag = slab::flags(call.slabs, call.rank, round.slot, lane_index()) + item;
+      outcome = comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;
+    }
     if (outcome == comm::Outcome::kMissing) comm::mask(call, line.holder);
   }
   const u32 lines = __ballot_sync(kFullWarp, outcome == comm::Outcome::kArrived);
   __syncwarp();  // a vote orders no memory: what one lane acquired, all will read
   if (__any_sync(kFullWarp, outcome == comm::Outcome::kFailed)) return;
+  if (is_in_cells) {
+    sum_cells(params, round, item, lines);
+    return;
+  }
   const u64 line_bytes = u64(call.shape.num_max_tokens) * row_bytes_of(params);
   const u8* rows = slot_row(params, round, call.rank, 0, token);
   u8* out = params.out + u64(token) * row_bytes_of(params);
@@ -298,14 +389,17 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   bool is_good = find_sources(call, round, &sources);
   if (is_good && call.phases & comm::kSends) {
     is_good = comm::for_each_part<true>(
-        call, round, ~(sources.arrivals.missing | round.masked), sources.headers,
+        call, round, ~(sources.arrivals.missing | round.masked), sources.headers, nullptr,
         reinterpret_cast<comm::Span*>(shared_memory), &chunk, &sources.arrivals,
         [&](u32 source, u32 expert) {
           const u64 range = static_cast<u64>(params.layout_range[expert * kNumRanks + source]);
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
           return comm::Span{begin, min_of(begin + count, comm::num_recv_rows(call))};
         },
-        [&](const comm::Part& part) { send_part(params, round, part); });
+        [&](const comm::Parts& parts) {
+          const u32 num_tokens = sources.headers[parts.source].num_tokens;
+          send_parts(params, round, parts, uses_cells(params, num_tokens));
+        });
   }
   if (is_good && call.phases & comm::kReceives) {
     const u32 num_items = call.shape.num_tokens * call.shape.num_parts;

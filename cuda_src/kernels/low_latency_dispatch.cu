@@ -11,7 +11,8 @@
 // Every rank gets all tables of choices. A row, cast to fp8 on its way, goes into this rank's line
 // of the slot at each receiver, at the token's index, with its scales behind it. A group sends a
 // part of a row and raises its flag; another fetches it from the slot and writes it to all experts
-// that it is for. See comm/low_latency.cuh for the ordering.
+// that it is for. Rows of a rank with few tokens cross as cells, without flags. See
+// comm/low_latency.cuh for the ordering.
 //
 // A source that is masked before its tables are seen gives nothing. One that dies between its table
 // and its rows leaves rows of zeros, in this call only.
@@ -55,6 +56,11 @@ __device__ __forceinline__ u8* slot_row(const LowLatencyDispatchParams& params,
   return slab::rows(params.call.slabs, rank, round.slot) + index * slot_row_bytes(params);
 }
 
+// Whether rows of a rank with so many tokens cross as cells.
+__device__ __forceinline__ bool uses_cells(const LowLatencyDispatchParams& params, u32 num_tokens) {
+  return comm::uses_cells(num_tokens, slot_row_bytes(params));
+}
+
 // Words of scales that a granule of values has.
 __device__ __forceinline__ u32 scales_of_granule(const LowLatencyDispatchParams& params) {
   return params.call.shape.format == comm::kPackedScales ? 1 : 4;
@@ -85,13 +91,13 @@ __device__ __forceinline__ Sent prepare(const LowLatencyDispatchParams& params, 
   return {cast.values, cast.scale};
 }
 
-// Puts a granule's scales behind the row's values.
-__device__ __forceinline__ void send_scales(const LowLatencyDispatchParams& params, u8* to,
-                                            u32 granule, u32 scale) {
+// Gives a granule's scales to put(index, scale), by the lanes that have one.
+template <typename Put>
+__device__ __forceinline__ void put_scales(const LowLatencyDispatchParams& params, u32 granule,
+                                           u32 scale, Put put) {
   const u32 number = scales_of_granule(params), step = kWarpSize / number;
   const u32 index = granule * number + lane_index() / step;
-  if (lane_index() % step != 0 || index >= params.num_scales) return;
-  reinterpret_cast<u32*>(to + data_bytes(params))[index] = scale;
+  if (lane_index() % step == 0 && index < params.num_scales) put(index, scale);
 }
 
 #else
@@ -108,7 +114,8 @@ __device__ __forceinline__ Sent prepare(const LowLatencyDispatchParams&, const L
   return {in.first, 0};
 }
 
-__device__ __forceinline__ void send_scales(const LowLatencyDispatchParams&, u8*, u32, u32) {}
+template <typename Put>
+__device__ __forceinline__ void put_scales(const LowLatencyDispatchParams&, u32, u32, Put) {}
 
 #endif
 
@@ -172,24 +179,44 @@ __device__ inline u32 ranks_of(const LowLatencyDispatchParams& params, const com
   return ranks & ~round.masked;
 }
 
-// Writes a part into the slots of some ranks. By all threads of a group.
+// Puts what a warp has of a granule where a rank finds it.
+template <bool kInCells>
+__device__ __forceinline__ void send_granule(const LowLatencyDispatchParams& params,
+                                             const comm::Round& round, u32 rank, u32 token,
+                                             u32 granule, const Sent& sent) {
+  const u32 at = granule * comm::kGranuleBytes + lane_index() * sizeof(Vec16),
+            me = params.call.rank;
+  const bool is_inside = at < data_bytes(params);
+  if (kInCells) {
+    u64* row = slab::cell_row(params.call.slabs, rank, round.slot, me, token);
+    if (is_inside) comm::put_cells(row, at, sent.values, round.epoch);
+    put_scales(params, granule, sent.scale, [&](u32 index, u32 scale) {
+      comm::put_cell(row, data_bytes(params) + index * sizeof(u32), scale, round.epoch);
+    });
+  } else {
+    u8* to = slot_row(params, round, rank, me, token);
+    if (is_inside) ptx::st_no_allocate_vec16(to + at, sent.values);
+    put_scales(params, granule, sent.scale, [&](u32 index, u32 scale) {
+      reinterpret_cast<u32*>(to + data_bytes(params))[index] = scale;
+    });
+  }
+}
+
+// Writes a part to some ranks. By all threads of a group.
+template <bool kInCells>
 __device__ inline void send_part(const LowLatencyDispatchParams& params, const comm::Round& round,
                                  u32 item, u32 ranks, OwnPart* own) {
-  const u32 token = item / params.call.shape.num_parts, me = params.call.rank;
+  const u32 token = item / params.call.shape.num_parts;
   const comm::Granules granules = granules_of(params, item);
   for (u32 first = granules.begin + comm::warp_in_group(); first < granules.end;) {
 #pragma unroll
     for (u32 j = 0; j < OwnPart::kUnroll; ++j) {
       const u32 granule = first + j * kGroupWarps;
       if (granule >= granules.end) continue;
-      const u32 at = granule * comm::kGranuleBytes + lane_index() * sizeof(Vec16);
       const Sent sent = prepare(params, own->loaded[j]);
 #pragma unroll
       for (u32 i = 0; i < kNumRanks; ++i) {
-        if (((ranks >> i) & 1) == 0) continue;
-        u8* to = slot_row(params, round, i, me, token);
-        if (at < data_bytes(params)) ptx::st_no_allocate_vec16(to + at, sent.values);
-        send_scales(params, to, granule, sent.scale);
+        if ((ranks >> i) & 1) send_granule<kInCells>(params, round, i, token, granule, sent);
       }
     }
     first += OwnPart::kUnroll * kGroupWarps;
@@ -207,7 +234,11 @@ __device__ inline void send_rows(const LowLatencyDispatchParams& params, const c
     if (n > 0) load_part(params, item, own);
     const u32 ranks = ranks_of(params, round, own->expert);
     if (ranks == 0) continue;
-    send_part(params, round, item, ranks, own);
+    if (uses_cells(params, call.shape.num_tokens)) {
+      send_part<true>(params, round, item, ranks, own);
+      continue;
+    }
+    send_part<false>(params, round, item, ranks, own);
     comm::group_barrier();
     if (comm::warp_in_group() == 0 && lane_index() < kNumRanks && (ranks >> lane_index()) & 1) {
       ptx::st_release_sys_u32(slab::flags(call.slabs, lane_index(), round.slot, call.rank) + item,
@@ -236,6 +267,8 @@ struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
   comm::Arrivals arrivals;
   u32 taking_part;  // as bits
+  u32 num_entries;
+  u16 kept[kKeptEntries];  // all sources' choices, where they are no more
 };
 
 // Counts the rows of some sources, those whose tables arrive, for each local expert. By all
@@ -255,6 +288,7 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
     end += sources->headers[source].num_tokens * num_topk;
     ends[source] = end;
   }
+  if (threadIdx.x == 0) sources->num_entries = end;
   auto source_of = [&ends](u32 i, u32* begin) {
     u32 source = 0;
     *begin = 0;
@@ -277,7 +311,9 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
       },
       [&](u32 i, i32 expert, u32) {
         const u32 local = static_cast<u32>(expert) - call.rank * num_local;
-        if (expert < 0 || local >= num_local) return;
+        const bool is_here = expert >= 0 && local < num_local;
+        if (i < kKeptEntries) sources->kept[i] = is_here ? static_cast<u16>(local) : comm::kNotHere;
+        if (!is_here) return;
         u32 begin;
         atomicAdd(&counts[source_of(i, &begin) * num_local + local], 1u);
       });
@@ -345,56 +381,144 @@ __device__ inline void fill_tails(const LowLatencyDispatchParams& params, const 
   }
 }
 
-// Writes a part of a row to all experts that it is for. By all threads of a group.
-__device__ inline void receive_part(const LowLatencyDispatchParams& params,
-                                    const comm::Round& round, const comm::Part& part) {
+// Writes a vector of a row's values to all experts that it is for.
+__device__ __forceinline__ void give_values(const LowLatencyDispatchParams& params,
+                                            const comm::Part& part, u32 at, const Vec16& v) {
+  const u64 num_rows = comm::num_recv_rows(params.call), row_bytes = data_bytes(params);
+  for (u32 i = 0; i < part.num_choices; ++i) {
+    const comm::Choice& choice = part.choices[i];
+    u8* to = params.recv_rows + (choice.expert * num_rows + choice.row) * row_bytes;
+    ptx::st_no_allocate_vec16(to + at, v);
+  }
+}
+
+// The same with a word of its scales.
+__device__ __forceinline__ void give_scale(const LowLatencyDispatchParams& params,
+                                           const comm::Part& part, u32 index, u32 scale) {
+  const u64 num_rows = comm::num_recv_rows(params.call);
+  for (u32 i = 0; i < part.num_choices; ++i) {
+    const comm::Choice& choice = part.choices[i];
+    const u64 line = u64(choice.expert) * params.num_scales + index;
+    params.recv_scales[line * num_rows + choice.row] = scale;
+  }
+}
+
+// What a thread of a group has of a part: vectors from first on, kStep apart, and words of scales.
+struct Share {
+  static constexpr u32 kStep = kGroupWarps * comm::kGranuleBytes;
+  u32 first;
+  u32 end;
+  u32 first_scale;
+  u32 end_scale;
+};
+
+__device__ __forceinline__ Share share_of(const LowLatencyDispatchParams& params,
+                                          const comm::Part& part) {
+  const comm::Granules granules = comm::granules_of(data_bytes(params), part.index, part.num_parts);
+  const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
+  const u32 number = scales_of_granule(params);
+  return {granules.begin * comm::kGranuleBytes + thread * static_cast<u32>(sizeof(Vec16)),
+          min_of<u32>(granules.end * comm::kGranuleBytes, data_bytes(params)),
+          granules.begin * number + thread, min_of(granules.end * number, params.num_scales)};
+}
+
+// Receives a part from the slot. By all threads of a group.
+__device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams& params,
+                                                  const comm::Round& round,
+                                                  const comm::Part& part) {
   constexpr u32 kUnroll = 4;
   const comm::LowLatencyCall& call = params.call;
-  if (part.num_choices == 0) return;
   const comm::Outcome outcome =
       comm::await_part(call, round, part.source, part.source, part.item());
   if (outcome == comm::Outcome::kFailed) return;
   const bool is_here = outcome == comm::Outcome::kArrived;
-  const u32 num_rows = comm::num_recv_rows(call), row_bytes = data_bytes(params);
   const u8* row = slot_row(params, round, call.rank, part.source, part.token);
-  const comm::Granules granules = comm::granules_of(row_bytes, part.index, part.num_parts);
-  const u32 end = min_of<u32>(granules.end * comm::kGranuleBytes, row_bytes);
-  constexpr u32 kStep = kGroupWarps * comm::kGranuleBytes;
-  const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
-  for (u32 first = granules.begin * comm::kGranuleBytes + thread * sizeof(Vec16); first < end;
-       first += kUnroll * kStep) {
+  const Share share = share_of(params, part);
+  for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
     Vec16 v[kUnroll] = {};
 #pragma unroll
     for (u32 j = 0; j < kUnroll; ++j) {
-      if (is_here && first + j * kStep < end) {
-        v[j] = ptx::ld_no_allocate_vec16(row + first + j * kStep);
+      if (is_here && first + j * Share::kStep < share.end) {
+        v[j] = ptx::ld_no_allocate_vec16(row + first + j * Share::kStep);
       }
     }
-    for (u32 i = 0; i < part.num_choices; ++i) {
-      const comm::Choice& choice = part.choices[i];
-      u8* to = params.recv_rows + (u64(choice.expert) * num_rows + choice.row) * row_bytes;
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      if (first + j * Share::kStep < share.end) {
+        give_values(params, part, first + j * Share::kStep, v[j]);
+      }
+    }
+  }
+  const u32* scales = reinterpret_cast<const u32*>(row + data_bytes(params));
+  for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
+    give_scale(params, part, k, is_here ? scales[k] : 0);
+  }
+}
+
+// Receives a part that comes in cells; zeros for what does not come. By all threads of a group.
+__device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& params,
+                                              const comm::Round& round, const comm::Part& part) {
+  constexpr u32 kUnroll = 2;
+  const comm::LowLatencyCall& call = params.call;
+  u64* row = slab::cell_row(call.slabs, call.rank, round.slot, part.source, part.token);
+  const Share share = share_of(params, part);
+  bool is_missing = false;
+  for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
+    comm::VecCells seen[kUnroll];
+    while (true) {
+      const u64* late = nullptr;
 #pragma unroll
       for (u32 j = 0; j < kUnroll; ++j) {
-        if (first + j * kStep < end) ptx::st_no_allocate_vec16(to + first + j * kStep, v[j]);
+        const u32 at = first + j * Share::kStep;
+        if (at < share.end) seen[j] = comm::look_at_cells(row, at);
       }
+#pragma unroll
+      for (u32 j = 0; j < kUnroll; ++j) {
+        const u32 at = first + j * Share::kStep;
+        if (late == nullptr && at < share.end) {
+          late = comm::late_cell(row, at, seen[j], round.epoch);
+        }
+      }
+      if (late == nullptr || is_missing) break;
+      const comm::Outcome outcome = comm::await_cell(call, round, part.source, late);
+      if (outcome == comm::Outcome::kFailed) return;
+      is_missing = outcome == comm::Outcome::kMissing;
+    }
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      const u32 at = first + j * Share::kStep;
+      if (at < share.end)
+        give_values(params, part, at, is_missing ? Vec16{} : comm::words_of(seen[j]));
     }
   }
-#if kIsFp8
-  const u32* scales = reinterpret_cast<const u32*>(row + row_bytes);
-  const u32 number = scales_of_granule(params);
-  const u32 end_scale = min_of(granules.end * number, params.num_scales);
-  for (u32 k = granules.begin * number + thread; k < end_scale; k += comm::kGroupThreads) {
-    const u32 scale = is_here ? scales[k] : 0;
-    for (u32 i = 0; i < part.num_choices; ++i) {
-      const comm::Choice& choice = part.choices[i];
-      params.recv_scales[(u64(choice.expert) * params.num_scales + k) * num_rows + choice.row] =
-          scale;
-    }
+  for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
+    const u64* cell = comm::cell_at(row, data_bytes(params) + k * sizeof(u32));
+    const comm::Awaited found =
+        comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);
+    if (found.outcome == comm::Outcome::kFailed) return;
+    give_scale(params, part, k, found.word);
   }
-#endif
-  if (part.index == 0 && thread < part.num_choices) {
-    const comm::Choice& choice = part.choices[thread];
-    params.src_info[u64(choice.expert) * num_rows + choice.row] = static_cast<i32>(part.token);
+}
+
+// Receives parts of a source's rows for all experts that they are for. By all threads.
+// NOTE: a function of its own, as its caller needs its registers.
+__device__ __forceinline__ void receive_parts(const LowLatencyDispatchParams& params,
+                                           const comm::Round& round, comm::Parts parts,
+                                           bool are_in_cells) {
+  for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
+    const comm::Part part = parts.part(item);
+    if (part.num_choices == 0) continue;
+    if (are_in_cells) {
+      receive_cells(params, round, part);
+    } else {
+      receive_from_slot(params, round, part);
+    }
+    const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
+    if (part.index == 0 && thread < part.num_choices) {
+      const comm::Choice& choice = part.choices[thread];
+      const u64 line = u64(choice.expert) * comm::num_recv_rows(params.call);
+      params.src_info[line + choice.row] = static_cast<i32>(part.token);
+    }
   }
 }
 
@@ -425,13 +549,18 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
       if (blockIdx.x == 0) write_counts(params, counts);
       fill_tails(params, counts);
       comm::for_each_part<false>(
-          call, round, ~sources.arrivals.missing, sources.headers, spans, &chunk, &sources.arrivals,
+          call, round, ~sources.arrivals.missing, sources.headers,
+          sources.num_entries <= kKeptEntries ? sources.kept : nullptr, spans, &chunk,
+          &sources.arrivals,
           [=](u32 source, u32 expert) {
             u32 begin = 0;
             for (u32 s = 0; s < source; ++s) begin += counts[s * num_local + expert];
             return comm::Span{begin, comm::kNoRow};
           },
-          [&](const comm::Part& part) { receive_part(params, round, part); });
+          [&](const comm::Parts& parts) {
+            const u32 num_tokens = sources.headers[parts.source].num_tokens;
+            receive_parts(params, round, parts, uses_cells(params, num_tokens));
+          });
     }
   }
   comm::finish(call, round);

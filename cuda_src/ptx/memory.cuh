@@ -43,6 +43,26 @@ __device__ __forceinline__ void st_relaxed_sys_u64(u64* address, u64 value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// Two neighbours; each is whole, the pair need not be.
+struct U64Pair {
+  u64 value[2];
+};
+
+__device__ __forceinline__ U64Pair ld_relaxed_sys_u64x2(const u64* address) {
+  U64Pair pair;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(pair.value[0]), "=l"(pair.value[1])
+               : "l"(address)
+               : "memory");
+  return pair;
+}
+
+__device__ __forceinline__ void st_relaxed_sys_u64x2(u64* address, const U64Pair& pair) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(pair.value[0]),
+               "l"(pair.value[1])
+               : "memory");
+}
+
 __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }

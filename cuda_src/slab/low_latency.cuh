@@ -55,6 +55,14 @@ __device__ __forceinline__ u32* flags(const LowLatencySlabs& slabs, u32 rank, u3
          (slot * kMaxLowLatencyTopk + line) * kMaxLowLatencyTokens;
 }
 
+// [2 * kMaxCellRowBytes] {word, epoch}: a row of a line, of a rank with few tokens, and nothing
+// else ever.
+__device__ __forceinline__ u64* cell_row(const LowLatencySlabs& slabs, u32 rank, u32 slot, u32 line,
+                                         u32 token) {
+  const u64 index = (slot * kNumRanks + line) * kMaxCellTokens + token;
+  return at<u64>(slabs, rank, kOffsetLowLatencyCells) + index * (kMaxCellRowBytes / sizeof(u32));
+}
+
 // [lines][most tokens] rows of the call's size. A line is a source rank, or a choice.
 __device__ __forceinline__ u8* rows(const LowLatencySlabs& slabs, u32 rank, u32 slot) {
   return at<u8>(slabs, rank, kOffsetLowLatencyRows + slot * slabs.rows_bytes);

@@ -29,6 +29,7 @@ _PHASES = {
     6: "low latency: hooks of an earlier call",
     7: "low latency: choices",
     8: "low latency: rows",
+    9: "low latency: rows",  # of few tokens
 }
 
 

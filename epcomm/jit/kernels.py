@@ -121,11 +121,17 @@ class LowLatencyGrid:
         num_groups: Groups of a block, at most 15; each moves a part of a row at a time.
         group_warps: Warps of a group.
         chunk_entries: Choices that a block has in hand at a time, at least 32.
+        kept_entries: Choices of all ranks that a block keeps once it has read them; more are read
+            again.
+        cell_tokens: Tokens up to which a rank's rows cross as cells, at most
+            ``cuda_layout.MAX_CELL_TOKENS``.
     """
 
     num_groups: int
     group_warps: int
     chunk_entries: int
+    kept_entries: int
+    cell_tokens: int
 
     @property
     def num_threads(self) -> int:
@@ -158,6 +164,8 @@ def _low_latency_spec(
         "kNumGroups": grid.num_groups,
         "kGroupWarps": grid.group_warps,
         "kChunkEntries": grid.chunk_entries,
+        "kKeptEntries": grid.kept_entries,
+        "kCellTokens": grid.cell_tokens,
         **cuda_layout.low_latency_constants(num_ranks),
     }
     return _spec(name, num_ranks, {**common, **own})

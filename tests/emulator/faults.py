@@ -400,16 +400,51 @@ FAULTS = (
     Fault(
         "low-latency combine: weights are off",
         _LL_COMBINE,
-        "sums[j].add(v[j], ptx::as_float(choice.weight));",
-        "sums[j].add(v[j], ptx::as_float(choice.weight + 1));",
+        "ptx::as_float(choices[i].weight)",
+        "ptx::as_float(choices[i].weight + 1)",
         "two ranks, bf16",
     ),
     Fault(
         "low-latency combine: rows are not waited for",
         _LL_COMBINE,
-        "    outcome = "
+        "      outcome = "
         "comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;",
-        "    outcome = flag != nullptr ? comm::Outcome::kArrived : outcome;",
+        "      outcome = flag != nullptr ? comm::Outcome::kArrived : outcome;",
         "two ranks, bf16",
+    ),
+    Fault(
+        "low latency: cells of earlier calls are taken",
+        _LOW_LATENCY,
+        "value[i % 2] >> 32) != epoch;",
+        "value[i % 2] >> 32) == 0;",
+        "eight ranks",
+    ),
+    Fault(
+        "low latency: one half of a vector's cells is not waited for",
+        _LOW_LATENCY,
+        "for (u32 i = 4; i-- > 0;) {",
+        "for (u32 i = 2; i-- > 0;) {",
+        "eight ranks",
+    ),
+    Fault(
+        "low latency: a source's kept choices are those of the first",
+        _TABLES,
+        "kept + range.first_entry",
+        "kept",
+        "eight ranks",
+    ),
+    Fault(
+        "low-latency combine: cells are not waited for",
+        _LL_COMBINE,
+        "if (late == nullptr) break;",
+        "break;",
+        "eight ranks",
+    ),
+    Fault(
+        "low-latency dispatch: a row's scales are not waited for",
+        _LL_DISPATCH,
+        "comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);",
+        "comm::Awaited{comm::Outcome::kArrived, static_cast<u32>(*cell)};",
+        "eight ranks",
     ),
 )

@@ -29,8 +29,13 @@ _CASTS = {
 }
 
 #: Less than on a GPU, so that few tokens make many parts and chunks.
-_GRID = kernels.LowLatencyGrid(num_groups=2, group_warps=1, chunk_entries=32)
-_WIDE = kernels.LowLatencyGrid(num_groups=2, group_warps=2, chunk_entries=64)
+# Ranks with few tokens send cells, others flags; some cases' choices are kept, others read again.
+_GRID = kernels.LowLatencyGrid(
+    num_groups=2, group_warps=1, chunk_entries=32, kept_entries=48, cell_tokens=4
+)
+_WIDE = kernels.LowLatencyGrid(
+    num_groups=2, group_warps=2, chunk_entries=64, kept_entries=32, cell_tokens=2
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,9 @@ CASES = (
 )
 
 #: What ThreadSanitizer watches.
-_WATCHED_GRID = kernels.LowLatencyGrid(num_groups=2, group_warps=1, chunk_entries=32)
+_WATCHED_GRID = kernels.LowLatencyGrid(
+    num_groups=2, group_warps=1, chunk_entries=32, kept_entries=32, cell_tokens=3
+)
 WATCHED_CASES = (
     Case("watched decoding", (4, 3), 4, fp8=_FLOAT, num_rounds=2, grid=_WATCHED_GRID),
     Case(

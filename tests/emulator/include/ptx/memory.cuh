@@ -35,6 +35,25 @@ inline void st_relaxed_sys_u64(u64* address, u64 value) {
   emulator::maybe_nap();
 }
 
+struct U64Pair {
+  u64 value[2];
+};
+
+inline U64Pair ld_relaxed_sys_u64x2(const u64* address) {
+  if (reinterpret_cast<u64>(address) % sizeof(U64Pair) != 0) {
+    emulator::fail("%p is not aligned to 16 bytes", static_cast<const void*>(address));
+  }
+  return {ld_relaxed_sys_u64(address), ld_relaxed_sys_u64(address + 1)};
+}
+
+inline void st_relaxed_sys_u64x2(u64* address, const U64Pair& pair) {
+  if (reinterpret_cast<u64>(address) % sizeof(U64Pair) != 0) {
+    emulator::fail("%p is not aligned to 16 bytes", static_cast<const void*>(address));
+  }
+  st_relaxed_sys_u64(address, pair.value[0]);
+  st_relaxed_sys_u64(address + 1, pair.value[1]);
+}
+
 inline u32 ld_acquire_cta_shared_u32(const u32* address) { return load_acquire(address); }
 inline void st_release_cta_shared_u32(u32* address, u32 value) { store_release(address, value); }
 
