@@ -109,7 +109,7 @@ __device__ __forceinline__ u32 num_recv_rows(const LowLatencyCall& call) {
 enum class Outcome : u32 { kArrived, kMissing, kFailed };
 
 __device__ __forceinline__ bool is_masked(const LowLatencyCall& call, u32 peer) {
-  return peer != call.rank && *static_cast<volatile u32*>(&call.masks[peer]) != 0;
+  return call.can_mask && peer != call.rank && *static_cast<volatile u32*>(&call.masks[peer]) != 0;
 }
 
 __device__ __forceinline__ void mask(const LowLatencyCall& call, u32 peer) {
@@ -159,7 +159,7 @@ __device__ __noinline__ Awaited await_slowly(const LowLatencyCall& call, Phase p
     }
     if (spins > kSpinsBeforeSleep) ptx::sleep_ns(50);
     if (spins % 64 != 63) continue;
-    if (call.can_mask && is_masked(call, peer)) return {Outcome::kMissing, 0};
+    if (is_masked(call, peer)) return {Outcome::kMissing, 0};
     if (has_failed(call)) return {Outcome::kFailed, 0};
     const u64 aborted = ptx::ld_acquire_sys_u64(slab::abort_cell(call.slabs, call.rank));
     if (aborted != 0) {
@@ -217,7 +217,7 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
         sends ? epoch_after(state.epoch) : *static_cast<const volatile u32*>(call.ticket);
     const u32 slot_epoch[2] = {state.slot_epoch[0], state.slot_epoch[1]};
     const u32 slot_masked[2] = {state.slot_masked[0], state.slot_masked[1]};
-    bool leaves_out = peer < kNumRanks && call.can_mask && is_masked(call, peer);
+    bool leaves_out = peer < kNumRanks && is_masked(call, peer);
     u32 seen = 0;
     if (sends && lane < 2 * kMaxRanks && peer < kNumRanks) {
       seen = ptx::ld_acquire_sys_u32(

@@ -211,8 +211,8 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
 // Sends parts of a source's rows. By all threads.
 // NOTE: a function of its own, as its caller needs its registers.
 __device__ __forceinline__ void send_parts(const LowLatencyCombineParams& params,
-                                        const comm::Round& round, comm::Parts parts,
-                                        bool are_in_cells) {
+                                           const comm::Round& round, comm::Parts parts,
+                                           bool are_in_cells) {
   for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
     const comm::Part part = parts.part(item);
     if (part.num_choices > 0) send_part(params, round, part, are_in_cells);
@@ -237,9 +237,16 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
   if (lane < num_topk) {
     const u64* cells = slab::table(call.slabs, call.rank, round.slot, call.rank) +
                        (token * num_topk + lane) * slab::kEntryWords;
-    const comm::Awaited found[2] = {
-        comm::await(call, comm::kLowLatencyTables, call.rank, round.epoch, cells),
-        comm::await(call, comm::kLowLatencyTables, call.rank, round.epoch, cells + 1)};
+    const ptx::U64Pair entry = ptx::ld_relaxed_sys_u64x2(cells);
+    comm::Awaited found[2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      found[i] = {comm::Outcome::kArrived, static_cast<u32>(entry.value[i])};
+      if (static_cast<u32>(entry.value[i] >> 32) != round.epoch) {
+        found[i] =
+            comm::await_slowly(call, comm::kLowLatencyTables, call.rank, round.epoch, cells + i);
+      }
+    }
     if (found[0].outcome == comm::Outcome::kArrived) expert = found[0].word;
     weight = found[1].word;
   }

@@ -462,6 +462,10 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
   const comm::LowLatencyCall& call = params.call;
   u64* row = slab::cell_row(call.slabs, call.rank, round.slot, part.source, part.token);
   const Share share = share_of(params, part);
+  // All that a thread has of the scales, as a rule: on its way with the values.
+  const bool has_scale = share.first_scale < share.end_scale;
+  const u64* scale_cell = comm::cell_at(row, data_bytes(params) + share.first_scale * sizeof(u32));
+  const u64 scale = has_scale ? ptx::ld_relaxed_sys_u64(scale_cell) : 0;
   bool is_missing = false;
   for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
     comm::VecCells seen[kUnroll];
@@ -492,9 +496,11 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
     }
   }
   for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
-    const u64* cell = comm::cell_at(row, data_bytes(params) + k * sizeof(u32));
-    const comm::Awaited found =
-        comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);
+    comm::Awaited found = {comm::Outcome::kArrived, static_cast<u32>(scale)};
+    if (k != share.first_scale || static_cast<u32>(scale >> 32) != round.epoch) {
+      const u64* cell = comm::cell_at(row, data_bytes(params) + k * sizeof(u32));
+      found = comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);
+    }
     if (found.outcome == comm::Outcome::kFailed) return;
     give_scale(params, part, k, found.word);
   }
@@ -503,8 +509,8 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
 // Receives parts of a source's rows for all experts that they are for. By all threads.
 // NOTE: a function of its own, as its caller needs its registers.
 __device__ __forceinline__ void receive_parts(const LowLatencyDispatchParams& params,
-                                           const comm::Round& round, comm::Parts parts,
-                                           bool are_in_cells) {
+                                              const comm::Round& round, comm::Parts parts,
+                                              bool are_in_cells) {
   for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
     const comm::Part part = parts.part(item);
     if (part.num_choices == 0) continue;
