@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import struct
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -48,6 +47,7 @@ from epcomm.jit import kernels
 from epcomm.jit.launch import launch
 from epcomm.routing import round_up
 from epcomm.topology import Topology
+from epcomm.waiting import Deadline, poll_until
 
 #: Tokens a rank that lists have room for at least; a call with more than they have is refused.
 MIN_LIST_TOKENS = 8192
@@ -57,8 +57,6 @@ _ROUTE_THREADS = 1024
 _AGREE_THREADS = 32
 _WORD = 4
 _NO_DTYPE = -1
-#: Polls of the host's wait for counts that only give up the processor.
-_POLLS_BEFORE_DEADLINE = 256
 
 
 @dataclass(frozen=True)
@@ -445,19 +443,20 @@ class CudaEngine:
         Returns:
             Rows that arrive here, and the most tokens of any rank.
         """
-        summary, record = self._summary, self._record
-        seen, failure = summary["ticket"], record["failure"]
-        # The device's own deadline comes first; this one is for a device that does not answer.
-        end = time.monotonic() + 2 * self._timeout_s + 10
-        for polls in itertools.count():
+        summary = self._summary
+        seen, failure = summary["ticket"], self._record["failure"]
+
+        def is_known() -> bool:
             if int(seen) == ticket:
-                break
+                return True
             if failure:
                 self._wait_call()
                 self._raise_failures()
-            time.sleep(0)
-            if polls % _POLLS_BEFORE_DEADLINE == 0 and time.monotonic() > end:
-                raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
+            return False
+
+        # The device's own deadline comes first; this one is for a device that does not answer.
+        if not poll_until(is_known, Deadline(2 * self._timeout_s + 10)):
+            raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
         return int(summary["num_recv"]), int(summary["max_tokens"])
 
     def _expert_counts(self, request: DispatchRequest, num_experts: int) -> list[int]:
