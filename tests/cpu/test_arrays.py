@@ -349,6 +349,19 @@ def test_arrays_on_a_gpu_are_refused_by_the_host_engine() -> None:
     assert "Buffer(engine=...)" in str(caught.value)
 
 
+def test_dlpack_is_asked_of_every_object() -> None:
+    """Other than a framework's arrays, objects of one type need not be alike."""
+
+    class Maybe:
+        pass
+
+    exporting = Maybe()
+    exporting.__dlpack__ = Foreign(np.arange(3)).__dlpack__  # type: ignore[attr-defined]
+    assert framework_of(exporting, "x").name == "dlpack"
+    with pytest.raises(InvalidArgument, match="x is a Maybe"):
+        framework_of(Maybe(), "x")
+
+
 def test_dlpack_class_is_no_array() -> None:
     with pytest.raises(InvalidArgument):
         view(Foreign, "x")
