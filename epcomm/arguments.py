@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,10 +77,7 @@ def view_of(
         InvalidArgument: A rule is broken.
     """
     view = framework_of(array, name).view(array, name)
-    fits = len(view.shape) == len(shape) and all(
-        isinstance(rule, str) or have == rule for have, rule in zip(view.shape, shape, strict=True)
-    )
-    if not fits:
+    if not _fits(view.shape, shape):
         rule = ", ".join(map(str, shape))
         raise InvalidArgument(f"{name} has shape {list(view.shape)}; it must be [{rule}].")
     if view.dtype not in dtypes:
@@ -104,6 +101,15 @@ def view_of(
             f"{name} is read-only, and it is written; pass a writable array (JAX arrays never are)."
         )
     return view
+
+
+def _fits(shape: tuple[int, ...], rule: tuple[int | str, ...]) -> bool:
+    if len(shape) != len(rule):
+        return False
+    for axis, want in enumerate(rule):
+        if shape[axis] != want and not isinstance(want, str):
+            return False
+    return True
 
 
 def whole_number(value: Any, name: str, least: int, most: int | None = MAX_COUNT) -> int:
@@ -190,13 +196,13 @@ def view_layout(
     per_rank: Any, per_expert: Any, in_rank: Any, num_tokens: int, place: Place
 ) -> LayoutViews:
     """View the layout arrays of dispatch."""
-    given = {
-        "num_tokens_per_rank": per_rank,
-        "num_tokens_per_expert": per_expert,
-        "is_token_in_rank": in_rank,
-    }
-    missing = [name for name, array in given.items() if array is None]
-    if missing:
+    if per_rank is None or per_expert is None or in_rank is None:
+        given = {
+            "num_tokens_per_rank": per_rank,
+            "num_tokens_per_expert": per_expert,
+            "is_token_in_rank": in_rank,
+        }
+        missing = [name for name, array in given.items() if array is None]
         raise InvalidArgument(
             f"dispatch without a handle got no {', '.join(missing)}; pass what get_dispatch_layout "
             "returns, or topk_idx, topk_weights and num_experts= alone."
@@ -257,8 +263,7 @@ def check_handle(handle: Any, buffer_id: int, data: ArrayView | None = None) -> 
     return handle
 
 
-@dataclass(frozen=True)
-class CombineViews:
+class CombineViews(NamedTuple):
     """The checked arrays of a combine, as in `CombineRequest`."""
 
     data: ArrayView

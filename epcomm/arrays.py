@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,8 @@ DTYPES: tuple[np.dtype[Any], ...] = tuple(
 
 
 DTYPE_INDEX: dict[np.dtype[Any], int] = {dtype: index for index, dtype in enumerate(DTYPES)}
+#: Their names: NumPy puts a dtype's name together anew each time it is asked.
+DTYPE_NAME: dict[np.dtype[Any], str] = {dtype: dtype.name for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,13 @@ class Device:
 CPU = Device("cpu")
 
 
-@dataclass(frozen=True)
-class ArrayView:
+@cache
+def gpu(index: int) -> Device:
+    """Return the device of a GPU, by its number."""
+    return Device("cuda", index)
+
+
+class ArrayView(NamedTuple):
     """An array without its framework.
 
     Attributes:
@@ -80,14 +88,13 @@ class ArrayView:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
-        if 0 in self.shape:
-            return True
-        expected = packed_strides(self.shape, self.dtype)
-        return all(
-            have == want
-            for extent, have, want in zip(self.shape, self.strides, expected, strict=True)
-            if extent > 1
-        )
+        shape, strides = self.shape, self.strides
+        step = self.dtype.itemsize
+        for axis in range(len(shape) - 1, -1, -1):
+            if strides[axis] != step and shape[axis] > 1:
+                return 0 in shape
+            step *= shape[axis]
+        return True
 
     def _is_all_of(self, array: npt.NDArray[Any]) -> bool:
         return (self.ptr, self.shape, self.strides, self.dtype) == (

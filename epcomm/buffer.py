@@ -6,7 +6,6 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -287,8 +286,7 @@ class Buffer(LowLatencyCalls):
                 "num_rdma_bytes to the Buffer."
             )
         return framework.finish(
-            replace(
-                memory,
+            memory._replace(
                 ptr=memory.ptr + skip,
                 shape=shape,
                 strides=packed_strides(shape, numpy_dtype),

@@ -7,6 +7,8 @@ areas, whose sizes follow from the most tokens and the longest rows of a call.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from epcomm.engines.base import MAX_LOW_LATENCY_TOPK, LowLatencyShape
 from epcomm.errors import UnsupportedConfig
@@ -14,19 +16,24 @@ from epcomm.errors import UnsupportedConfig
 MAX_RANKS = 8
 MAX_LOCAL_EXPERTS = 2048
 HEADER_WORDS = 16
-#: Header words in which all ranks must agree, by name and in order.
-AGREED = (
-    "call",
-    "handle",
-    "hidden",
-    "dtype",
-    "num_scales",
-    "scales_dtype",
-    "num_topk",
-    "topk_dtype",
-    "num_experts",
-    "expert_alignment",
-)
+
+
+class Agreed(NamedTuple):
+    """Header words in which all ranks must agree, in order; dtypes are indices in ``DTYPES``."""
+
+    call: int
+    handle: int
+    hidden: int
+    dtype: int
+    num_scales: int = 0
+    scales_dtype: int = 0
+    num_topk: int = 0
+    topk_dtype: int = 0
+    num_experts: int = 0
+    expert_alignment: int = 0
+
+
+AGREED = Agreed._fields
 #: Most tokens a rank of low-latency calls.
 MAX_LOW_LATENCY_TOKENS = 1024
 #: Words of a low-latency call's header in which all ranks must agree, by name and in order.
@@ -169,6 +176,7 @@ def slot_row_bytes(row_bytes: int, num_topk: int) -> int:
     return row_bytes + num_topk * _WORD
 
 
+@lru_cache(maxsize=256)
 def areas_for(num_ranks: int, num_tokens: int, staged_row_bytes: int, slot_row_bytes: int) -> Areas:
     """Return the areas that calls of so many tokens a rank need.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -392,4 +391,4 @@ def _rows_innermost(view: ArrayView) -> ArrayView:
     """View ``[a, b, c]`` as ``[a, c, b]``."""
     swapped_shape = (view.shape[0], view.shape[2], view.shape[1])
     swapped_strides = (view.strides[0], view.strides[2], view.strides[1])
-    return replace(view, shape=swapped_shape, strides=swapped_strides)
+    return view._replace(shape=swapped_shape, strides=swapped_strides)

@@ -56,7 +56,10 @@ def wait_until(is_ready: Callable[[], bool], deadline: Deadline) -> bool:
 
 
 def poll_until(is_ready: Callable[[], bool], deadline: Deadline) -> bool:
-    """Wait as `wait_until` does, for what only moves on while it is polled: MPI's messages.
+    """Wait as `wait_until` does, where its pauses would be the longest part.
+
+    That is for MPI's messages, which only move on while they are polled, and for what a GPU is
+    about to tell the host.
 
     NOTE: time.sleep(0) takes 0.1 ms where the kernel's timer slack counts, and large messages over
     TCP then took two to three times as long; os.sched_yield() takes 2 us and lets others run.

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import itertools
 import struct
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 import numpy.typing as npt
 
 from epcomm import cuda_layout, streams
-from epcomm.arrays import DTYPE_INDEX, ArrayView, Device
-from epcomm.cuda_layout import AGREED, NUM_STAGE_WARPS, Areas, areas_for
+from epcomm.arrays import DTYPE_INDEX, DTYPE_NAME, ArrayView, gpu
+from epcomm.cuda_layout import AGREED, NUM_STAGE_WARPS, Agreed, Areas, areas_for
 from epcomm.cuda_slab import CudaSlabs
 from epcomm.engines import cuda_failures, cuda_params, cuda_tuning
 from epcomm.engines.base import (
@@ -49,6 +48,7 @@ from epcomm.jit import kernels
 from epcomm.jit.launch import launch
 from epcomm.routing import round_up
 from epcomm.topology import Topology
+from epcomm.waiting import Deadline, poll_until
 
 #: Tokens a rank that lists have room for at least; a call with more than they have is refused.
 MIN_LIST_TOKENS = 8192
@@ -57,37 +57,69 @@ LIST_ROW_BYTES = 1024
 _ROUTE_THREADS = 1024
 _AGREE_THREADS = 32
 _WORD = 4
+_INT32, _BOOL = np.dtype(np.int32), np.dtype(np.bool_)
 _NO_DTYPE = -1
-#: Polls of the host's wait for counts that only give up the processor.
-_POLLS_BEFORE_DEADLINE = 256
+#: Where each table of routes begins, in bytes: as memory of its own would.
+_TABLE_ALIGNMENT = 256
 
 
-@dataclass(frozen=True)
-class _StreamHandle:
+class _StreamHandle(NamedTuple):
     """A caller's stream, as far as launching needs one."""
 
     ptr: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Routing:
-    """A handle's record: device memory that route.cu fills.
+class _Tables(NamedTuple):
+    """What route.cu fills: addresses in one piece of device memory.
 
     Attributes:
+        memory: Owns all of it.
         positions: ``[num_tokens, num_ranks] int32``.
-        work: Rows to fetch, two words each.
         counts: ``[num_ranks, num_ranks] int32``.
         summary: RouteSummary.
+        work: Rows to fetch, two words each.
+    """
+
+    memory: Any
+    positions: int
+    counts: int
+    summary: int
+    work: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Routing:
+    """A handle's record.
+
+    Attributes:
+        tables: What route.cu filled.
         max_tokens: Most tokens of any rank; this rank's where only the device knows.
         is_exact: Whether ``max_tokens`` is known.
     """
 
-    positions: Any
-    work: Any
-    counts: Any
-    summary: Any
+    tables: _Tables
     max_tokens: int
     is_exact: bool
+
+
+class _Move(NamedTuple):
+    """A launch of dispatch.cu, but for its outputs.
+
+    Attributes:
+        sources: Params in front of the outputs.
+        rest: Params behind them.
+        spec: The kernel.
+        num_blocks: Blocks of the grid.
+        num_threads: Threads of a block.
+        shared_bytes: Dynamic shared memory of a block.
+    """
+
+    sources: tuple[int, ...]
+    rest: tuple[int, ...]
+    spec: kernels.KernelSpec
+    num_blocks: int
+    num_threads: int
+    shared_bytes: int
 
 
 class CudaEngine:
@@ -147,7 +179,9 @@ class CudaEngine:
             self._is_capturing = False
             self._state = cupy.zeros(cuda_params.CALL_STATE_BYTES, np.uint8)
             self._record = _pinned(cuda_params.FAILURE_RECORD)
+            self._record_ptr = int(self._record.ctypes.data)
             self._summary = _pinned(cuda_params.HOST_SUMMARY)
+            self._summary_ptr = int(self._summary.ctypes.data)
             cupy.cuda.runtime.deviceSynchronize()
             self._areas = _first_areas(group.size, num_bytes)
             self._slabs = self._make_slabs()
@@ -183,7 +217,7 @@ class CudaEngine:
         for name in ("stage_bytes", "slot_bytes", "list_tokens", "flag_units", "stage_flag_units"):
             slabs[name] = getattr(areas, name)
         call["state"] = self._state.data.ptr
-        call["record"] = self._record.ctypes.data
+        call["record"] = self._record_ptr
         call["timeout_ns"] = int(self._timeout_s * 1e9)
         call["rank"] = self._group.rank
         return call.tobytes()
@@ -207,7 +241,7 @@ class CudaEngine:
             shape=(size,),
             strides=(1,),
             dtype=np.dtype(np.uint8),
-            device=Device("cuda", self._device),
+            device=gpu(self._device),
             is_readonly=False,
             owner=self._slabs,
         )
@@ -302,18 +336,20 @@ class CudaEngine:
         """See `Engine.make_layout`."""
         num_ranks = self._group.size
         self._check_experts(num_experts)
-        per_rank = allocate((num_ranks,), np.dtype(np.int32))
-        per_expert = allocate((num_experts,), np.dtype(np.int32))
-        in_rank = allocate((topk_idx.shape[0], num_ranks), np.dtype(np.bool_))
-        params = np.zeros((), cuda_params.LAYOUT)
-        params["topk_idx"] = topk_idx.ptr
-        params["num_tokens_per_rank"] = per_rank.ptr
-        params["num_tokens_per_expert"] = per_expert.ptr
-        params["is_token_in_rank"] = in_rank.ptr
-        params["record"] = self._record.ctypes.data
-        params["num_tokens"], params["num_topk"] = topk_idx.shape
-        params["num_experts"] = num_experts
-        params["is_64_bit"] = topk_idx.dtype.itemsize == 8
+        per_rank = allocate((num_ranks,), _INT32)
+        per_expert = allocate((num_experts,), _INT32)
+        in_rank = allocate((topk_idx.shape[0], num_ranks), _BOOL)
+        params = cuda_params.pack_all(
+            cuda_params.LAYOUT,
+            (
+                topk_idx.ptr,
+                *(per_rank.ptr, per_expert.ptr, in_rank.ptr),
+                self._record_ptr,
+                *topk_idx.shape,
+                num_experts,
+                int(topk_idx.dtype.itemsize == 8),
+            ),
+        )
         launch(
             kernels.layout_spec(num_ranks),
             stream=self._stream,
@@ -344,55 +380,43 @@ class CudaEngine:
         self._check_experts(num_experts)
         num_tokens = request.data.shape[0]
         staged = _staged_row_bytes(request)
-        header = self._header("dispatch", 0, request, num_experts)
+        header = _dispatch_header("dispatch", 0, request, num_experts)
+        num_blocks = self._num_blocks(request.num_sms)
         if request.num_worst_tokens:
             self._check_room(num_tokens, staged)
         ticket = self._route(request, header, num_experts)
         # Only now: a call that was refused above does not count, on this rank alone as well.
         self._num_dispatches += 1
-        record, num_recv = self._route_result, request.num_worst_tokens
+        # While the GPU routes, all that can be done without the counts.
+        tables = self._tables
+        move = self._prepare_move(request, tables, num_experts, staged, num_blocks)
+        num_recv, max_tokens = request.num_worst_tokens, num_tokens
         if not request.num_worst_tokens:
             num_recv, max_tokens = self._wait_counts(ticket)
-            record = _Routing(
-                record.positions, record.work, record.counts, record.summary, max_tokens, True
-            )
             self._grow(areas_for(self._group.size, max_tokens, staged, 0))
+        data, scales, topk = self._move(request, move, header, num_recv)
+        # After the launch, what the GPU does not wait for.
+        is_exact = not request.num_worst_tokens
         handle = DispatchHandle(
             buffer_id=self._buffer_id,
             serial=self._num_dispatches,
             num_tokens=num_tokens,
             num_recv_rows=num_recv,
-            num_recv_tokens=None if request.num_worst_tokens else num_recv,
-            routing=record,
+            num_recv_tokens=num_recv if is_exact else None,
+            routing=_Routing(tables, max_tokens, is_exact),
         )
-        data, scales, topk = self._move(request, handle, header, num_experts)
-        # After the launch: the GPU does not wait for lists.
-        counts = [] if request.num_worst_tokens else self._expert_counts(request, num_experts)
+        counts = self._expert_counts(request, num_experts) if is_exact else []
         return DispatchResult(data, scales, topk, counts, handle)
 
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
         record: _Routing = handle.routing
         staged = _staged_row_bytes(request)
-        header = self._header("dispatch with a handle", handle.serial, request, 0)
+        header = _dispatch_header("dispatch with a handle", handle.serial, request, 0)
+        num_blocks = self._num_blocks(request.num_sms)
         self._make_room(record, staged, 0, header)
-        data, scales, _ = self._move(request, handle, header, 0)
+        move = self._prepare_move(request, record.tables, 0, staged, num_blocks)
+        data, scales, _ = self._move(request, move, header, handle.num_recv_rows)
         return DispatchResult(data, scales, None, [], handle)
-
-    def _header(self, call: str, serial: int, request: DispatchRequest, num_experts: int) -> bytes:
-        scales, topk = request.scales, request.topk
-        values = {
-            "call": cuda_failures.CALL_INDEX[call],
-            "handle": serial,
-            "hidden": request.data.shape[1],
-            "dtype": DTYPE_INDEX[request.data.dtype],
-            "num_scales": scales.shape[1] if scales else 0,
-            "scales_dtype": DTYPE_INDEX[scales.dtype] if scales else _NO_DTYPE,
-            "num_topk": topk.idx.shape[1] if topk else 0,
-            "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
-            "num_experts": num_experts,
-            "expert_alignment": request.expert_alignment,
-        }
-        return _pack_header(values, request.data.shape[0], request.num_worst_tokens)
 
     def _route(self, request: DispatchRequest, header: bytes, num_experts: int) -> int:
         """Launch route.cu; return the ticket that the host's summary will carry."""
@@ -409,14 +433,8 @@ class CudaEngine:
             )
         # Others' tokens are unknown yet; lists bound them.
         most_work = max(1, (num_ranks - 1) * self._areas.list_tokens)
-        self._route_result = record = _Routing(
-            positions=cupy.empty((max(1, num_tokens), num_ranks), np.int32),
-            work=cupy.empty((most_work, 2), np.uint32),
-            counts=cupy.empty(num_ranks * num_ranks, np.int32),
-            summary=cupy.empty(4, np.uint32),
-            max_tokens=num_tokens,
-            is_exact=False,
-        )
+        # Kept here as well, for where the call fails while the kernel runs.
+        self._tables = tables = _make_tables(num_tokens, num_ranks, most_work)
         ticket = next(self._tickets)
         params = cuda_params.pack(
             cuda_params.ROUTE,
@@ -425,11 +443,8 @@ class CudaEngine:
             (
                 layout.is_token_in_rank.ptr,
                 layout.num_tokens_per_expert.ptr,
-                record.positions.data.ptr,
-                record.work.data.ptr,
-                record.counts.data.ptr,
-                record.summary.data.ptr,
-                self._summary.ctypes.data,
+                *(tables.positions, tables.work, tables.counts, tables.summary),
+                self._summary_ptr,
                 ticket,
                 num_tokens,
                 num_experts,
@@ -451,82 +466,101 @@ class CudaEngine:
         Returns:
             Rows that arrive here, and the most tokens of any rank.
         """
-        summary, record = self._summary, self._record
-        seen, failure = summary["ticket"], record["failure"]
-        # The device's own deadline comes first; this one is for a device that does not answer.
-        end = time.monotonic() + 2 * self._timeout_s + 10
-        for polls in itertools.count():
+        summary = self._summary
+        seen, failure = summary["ticket"], self._record["failure"]
+
+        def is_known() -> bool:
             if int(seen) == ticket:
-                break
+                return True
             if failure:
                 self._wait_call()
                 self._raise_failures()
-            time.sleep(0)
-            if polls % _POLLS_BEFORE_DEADLINE == 0 and time.monotonic() > end:
-                raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
+            return False
+
+        # The device's own deadline comes first; this one is for a device that does not answer.
+        if not poll_until(is_known, Deadline(2 * self._timeout_s + 10)):
+            raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
         return int(summary["num_recv"]), int(summary["max_tokens"])
 
     def _expert_counts(self, request: DispatchRequest, num_experts: int) -> list[int]:
         """Return the pairs of each local expert, as route.cu told them, rounded up."""
         pairs = self._summary["expert_counts"][: num_experts // self._group.size]
-        return [round_up(count, request.expert_alignment) for count in pairs.tolist()]
+        multiple = request.expert_alignment
+        rounded: list[int] = (-(-pairs.astype(np.int64) // multiple) * multiple).tolist()
+        return rounded
 
-    def _move(
+    def _prepare_move(
         self,
         request: DispatchRequest,
-        handle: DispatchHandle,
-        header: bytes,
+        tables: _Tables,
         num_experts: int,
-    ) -> tuple[ArrayView, ArrayView | None, TopK | None]:
-        """Allocate the outputs and launch dispatch.cu."""
-        num_rows, record = handle.num_recv_rows, handle.routing
+        staged: int,
+        num_blocks: int,
+    ) -> _Move:
+        """Decide all of dispatch.cu's launch but the outputs.
+
+        Args:
+            request: The call.
+            tables: Its routes; the GPU may still be filling them.
+            num_experts: Experts over all ranks; 0 with a handle.
+            staged: Bytes of a row and all that travels with it.
+            num_blocks: Blocks of the kernel.
+        """
         data, scales, topk = request.data, request.scales, request.topk
-        recv = request.allocate((num_rows, data.shape[1]), data.dtype)
-        recv_scales = recv_topk = None
-        scales_in = scales_out = num_scales = token_stride = scale_stride = 0
+        scales_in = num_scales = token_stride = scale_stride = 0
         if scales is not None:
-            num_scales = scales.shape[1]
-            recv_scales = request.allocate((num_rows, num_scales), scales.dtype)
-            scales_in, scales_out = scales.ptr, recv_scales.ptr
+            scales_in, num_scales = scales.ptr, scales.shape[1]
             token_stride, scale_stride = (stride // _WORD for stride in scales.strides)
-        idx_in = idx_out = weights_in = weights_out = num_topk = is_64_bit = 0
-        num_local = num_experts // self._group.size
+        idx_in = weights_in = num_topk = is_64_bit = num_worst_tokens = 0
         if topk is not None:
-            num_topk, is_64_bit = topk.idx.shape[1], int(topk.idx.dtype.itemsize == 8)
-            recv_topk = TopK(
-                request.allocate((num_rows, num_topk), topk.idx.dtype),
-                request.allocate((num_rows, num_topk), topk.weights.dtype),
-            )
             idx_in, weights_in = topk.idx.ptr, topk.weights.ptr
-            idx_out, weights_out = recv_topk.idx.ptr, recv_topk.weights.ptr
-        staged = _staged_row_bytes(request)
-        params = cuda_params.pack(
-            cuda_params.DISPATCH,
-            self._call,
-            header,
-            (
-                *(data.ptr, scales_in, idx_in, weights_in),
-                *(recv.ptr, scales_out, idx_out, weights_out),
-                record.positions.data.ptr,
-                record.work.data.ptr,
-                record.summary.data.ptr,
-                *(token_stride, scale_stride),
-                data.shape[0],
-                data.shape[1] * data.dtype.itemsize,
-                *(num_scales, num_topk, is_64_bit, request.num_worst_tokens if topk else 0),
-                *(self._group.rank * num_local, num_local),
-                *(staged, 0),
-            ),
-        )
+            num_topk, is_64_bit = topk.idx.shape[1], int(topk.idx.dtype.itemsize == 8)
+            num_worst_tokens = request.num_worst_tokens
+        num_local = num_experts // self._group.size
         num_warps = cuda_tuning.dispatch_warps(staged)
         num_stages = cuda_tuning.dispatch_stages(staged)
         has_bulk = self._has_bulk and num_warps > 0
-        self._launch(
-            kernels.dispatch_spec(self._group.size, has_bulk, num_stages),
-            num_blocks=self._num_blocks(request.num_sms),
+        return _Move(
+            sources=(data.ptr, scales_in, idx_in, weights_in),
+            rest=(
+                *(tables.positions, tables.work, tables.summary),
+                *(token_stride, scale_stride),
+                data.shape[0],
+                data.shape[1] * data.dtype.itemsize,
+                *(num_scales, num_topk, is_64_bit, num_worst_tokens),
+                *(self._group.rank * num_local, num_local),
+                *(staged, 0),
+            ),
+            spec=kernels.dispatch_spec(self._group.size, has_bulk, num_stages),
+            num_blocks=num_blocks,
             num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
-            params=params,
             shared_bytes=cuda_tuning.ring_bytes(num_warps, num_stages, staged) if has_bulk else 0,
+        )
+
+    def _move(
+        self, request: DispatchRequest, move: _Move, header: bytes, num_rows: int
+    ) -> tuple[ArrayView, ArrayView | None, TopK | None]:
+        """Allocate the outputs and launch dispatch.cu."""
+        data, scales, topk, allocate = request.data, request.scales, request.topk, request.allocate
+        recv = allocate((num_rows, data.shape[1]), data.dtype)
+        recv_scales = recv_topk = None
+        scales_out = idx_out = weights_out = 0
+        if scales is not None:
+            recv_scales = allocate((num_rows, scales.shape[1]), scales.dtype)
+            scales_out = recv_scales.ptr
+        if topk is not None:
+            shape = (num_rows, topk.idx.shape[1])
+            recv_topk = TopK(allocate(shape, topk.idx.dtype), allocate(shape, topk.weights.dtype))
+            idx_out, weights_out = recv_topk.idx.ptr, recv_topk.weights.ptr
+        outputs = (recv.ptr, scales_out, idx_out, weights_out)
+        self._launch(
+            move.spec,
+            num_blocks=move.num_blocks,
+            num_threads=move.num_threads,
+            params=cuda_params.pack(
+                cuda_params.DISPATCH, self._call, header, (*move.sources, *outputs, *move.rest)
+            ),
+            shared_bytes=move.shared_bytes,
         )
         return recv, recv_scales, recv_topk
 
@@ -550,14 +584,14 @@ class CudaEngine:
         record: _Routing = handle.routing
         num_topk = weights.shape[1] if weights is not None else 0
         row_bytes = data.shape[1] * data.dtype.itemsize
-        values = dict.fromkeys(AGREED, 0) | {
-            "call": cuda_failures.CALL_INDEX["combine"],
-            "handle": handle.serial,
-            "hidden": data.shape[1],
-            "dtype": DTYPE_INDEX[data.dtype],
-            "num_topk": num_topk,
-        }
-        header = _pack_header(values, handle.num_tokens, 0)
+        agreed = Agreed(
+            call=cuda_failures.CALL_INDEX["combine"],
+            handle=handle.serial,
+            hidden=data.shape[1],
+            dtype=DTYPE_INDEX[data.dtype],
+            num_topk=num_topk,
+        )
+        header = _HEADER.pack(*agreed, handle.num_tokens, 0)
         self._make_room(record, 0, cuda_layout.slot_row_bytes(row_bytes, num_topk), header)
         out = request.allocate((handle.num_tokens, data.shape[1]), data.dtype)
         out_weights, weights_in, weights_out = None, 0, 0
@@ -572,9 +606,7 @@ class CudaEngine:
             header,
             (
                 *(data.ptr, weights_in, *bias_ptrs[:2], out.ptr, weights_out),
-                record.positions.data.ptr,
-                record.counts.data.ptr,
-                record.summary.data.ptr,
+                *(record.tables.positions, record.tables.counts, record.tables.summary),
                 *(handle.num_tokens, row_bytes, num_topk, unit_rows),
             ),
         )
@@ -584,7 +616,7 @@ class CudaEngine:
         )
         has_bulk = self._has_bulk and ring_bytes <= cuda_tuning.MAX_RING_BYTES
         self._launch(
-            kernels.combine_spec(self._group.size, has_bulk, data.dtype.name, shape),
+            kernels.combine_spec(self._group.size, has_bulk, DTYPE_NAME[data.dtype], shape),
             num_blocks=self._num_blocks(request.num_sms),
             num_threads=shape.num_threads,
             params=params,
@@ -724,13 +756,40 @@ def _staged_row_bytes(request: DispatchRequest) -> int:
     )
 
 
-_HEADER = struct.Struct(f"={cuda_layout.HEADER_WORDS}i")
-_HEADER_REST = (0,) * (cuda_layout.HEADER_WORDS - len(AGREED) - 2)
+def _make_tables(num_tokens: int, num_ranks: int, most_work: int) -> _Tables:
+    positions_bytes = round_up(num_tokens * num_ranks * _WORD, _TABLE_ALIGNMENT)
+    counts_bytes = round_up(num_ranks * num_ranks * _WORD, _TABLE_ALIGNMENT)
+    # One allocation, not four: the GPU waits for them.
+    memory = cupy.empty(
+        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * _WORD, np.uint8
+    )
+    positions = memory.data.ptr
+    counts = positions + positions_bytes
+    summary = counts + counts_bytes
+    return _Tables(memory, positions, counts, summary, work=summary + _TABLE_ALIGNMENT)
 
 
-def _pack_header(values: Mapping[str, int], num_tokens: int, num_worst_tokens: int) -> bytes:
-    agreed = (values[name] for name in AGREED)
-    return _HEADER.pack(*agreed, num_tokens, num_worst_tokens, *_HEADER_REST)
+#: What ranks agree in, tokens of this rank, num_worst_tokens, and zeros.
+_HEADER = struct.Struct(
+    f"={len(AGREED) + 2}i{(cuda_layout.HEADER_WORDS - len(AGREED) - 2) * _WORD}x"
+)
+
+
+def _dispatch_header(call: str, serial: int, request: DispatchRequest, num_experts: int) -> bytes:
+    data, scales, topk = request.data, request.scales, request.topk
+    agreed = Agreed(
+        call=cuda_failures.CALL_INDEX[call],
+        handle=serial,
+        hidden=data.shape[1],
+        dtype=DTYPE_INDEX[data.dtype],
+        num_scales=scales.shape[1] if scales else 0,
+        scales_dtype=DTYPE_INDEX[scales.dtype] if scales else _NO_DTYPE,
+        num_topk=topk.idx.shape[1] if topk else 0,
+        topk_dtype=DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
+        num_experts=num_experts,
+        expert_alignment=request.expert_alignment,
+    )
+    return _HEADER.pack(*agreed, data.shape[0], request.num_worst_tokens)
 
 
 def _check_aligned(view: ArrayView, name: str) -> None:

@@ -264,7 +264,12 @@ def pack_all(dtype: np.dtype[Any], values: Sequence[int]) -> npt.NDArray[np.void
 
 def _plain(data: bytes) -> npt.NDArray[np.void]:
     # As plain bytes: CuPy would take the fields of a structured dtype apart at each launch.
-    return np.frombuffer(data, np.dtype((np.void, len(data)))).reshape(())
+    return np.ndarray((), _bytes_dtype(len(data)), data)
+
+
+@cache
+def _bytes_dtype(num_bytes: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, num_bytes))
 
 
 def pack(

@@ -28,23 +28,27 @@ LOW_LATENCY_GRID = LowLatencyGrid(
 GRANULE_BYTES = 512
 
 
+@cache
 def ring_bytes(num_warps: int, num_stages: int, piece_bytes: int) -> int:
     """Return the shared memory of a block's rings."""
     num_notes = num_stages + RING_LAG
     return num_warps * (num_stages * (piece_bytes + _BARRIER_BYTES) + num_notes * _NOTE_BYTES)
 
 
+@cache
 def dispatch_stages(staged_row_bytes: int) -> int:
     """Return the rows that each fetching warp of dispatch keeps in flight."""
     return 2 if ring_bytes(MAX_FETCH_WARPS, 4, staged_row_bytes) > MAX_RING_BYTES else 4
 
 
+@cache
 def dispatch_warps(staged_row_bytes: int) -> int:
     """Return the warps of a block of dispatch that fetch; 0 where rows are too long for it."""
     stages = dispatch_stages(staged_row_bytes)
     return min(MAX_FETCH_WARPS, MAX_RING_BYTES // ring_bytes(1, stages, staged_row_bytes))
 
 
+@cache
 def unit_rows(row_bytes: int) -> int:
     """Return the rows that a send warp of combine moves at a time, under one flag."""
     return max(1, min(_MAX_UNIT_ROWS, _UNIT_BYTES // row_bytes))

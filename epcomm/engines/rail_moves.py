@@ -161,8 +161,7 @@ class Spread:
         views = {name: view_numpy(array) for name, array in part.items()}
         topk = TopK(views["topk_idx"], views["topk_weights"]) if "topk_idx" in views else None
         return self._engine.dispatch(
-            replace(
-                self._request,
+            self._request._replace(
                 data=views["data"],
                 scales=views.get("scales"),
                 layout=layout,
@@ -265,8 +264,7 @@ class Sums:
     ) -> None:
         key = (node, chunk)
         self._engine.combine(
-            replace(
-                self._request,
+            self._request._replace(
                 biases=biases,
                 handle=self._routes.handles[key],
                 into=into,

@@ -31,7 +31,7 @@ class Framework(Protocol):
     has_streams: bool
 
     def owns(self, array: Any) -> bool:
-        """Return whether the array is one of this framework's."""
+        """Return whether the array is one of this framework's, which goes by its type."""
         ...
 
     def view(self, array: Any, name: str) -> ArrayView:
@@ -73,14 +73,16 @@ class Framework(Protocol):
 
 
 #: Module of the framework, as it stands in sys.modules, and module and class of its adapter.
-#: The first that owns an array serves it; anything else that speaks DLPack is served by the last.
+#: The first that owns an array serves it.
 _ADAPTERS: tuple[tuple[str, str, str], ...] = (
     ("numpy", "epcomm.frameworks.numpy", "NumpyFramework"),
     ("torch", "epcomm.frameworks.torch", "TorchFramework"),
     ("jax", "epcomm.frameworks.jax", "JaxFramework"),
     ("cupy", "epcomm.frameworks.cupy", "CupyFramework"),
-    ("numpy", "epcomm.frameworks.dlpack", "DLPackFramework"),
 )
+
+#: The adapter of each type whose arrays came by.
+_adapter_of_type: dict[type, Framework] = {}
 
 
 @cache
@@ -99,12 +101,20 @@ def framework_of(array: Any, name: str) -> Framework:
     Raises:
         InvalidArgument: It is no array.
     """
+    known = _adapter_of_type.get(type(array))
+    if known is not None:
+        return known
     for needed, module, adapter_name in _ADAPTERS:
         # An array's framework is imported already; no other is imported for the asking.
         if needed in sys.modules:
             adapter = _adapter(module, adapter_name)
             if adapter.owns(array):
+                _adapter_of_type[type(array)] = adapter
                 return adapter
+    # Anything else that speaks DLPack; whether it does is asked of every object.
+    foreign = _adapter("epcomm.frameworks.dlpack", "DLPackFramework")
+    if foreign.owns(array):
+        return foreign
     raise InvalidArgument(
         f"{name} is a {type(array).__name__}; it must be a NumPy, torch, JAX or CuPy array, or "
         "anything else that has __dlpack__."

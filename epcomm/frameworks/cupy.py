@@ -8,17 +8,20 @@ from typing import Any
 import cupy
 import numpy as np
 
-from epcomm.arrays import ArrayView, Device
+from epcomm.arrays import DTYPES, ArrayView, Device, gpu
 from epcomm.errors import InvalidArgument
+
+#: What stands in for the dtypes that CuPy does not have.
+_STORED_AS = {dtype: np.dtype(np.uint8) for dtype in DTYPES if "float8" in dtype.name}
 
 
 def _view(array: Any, dtype: np.dtype[Any]) -> ArrayView:
     return ArrayView(
-        ptr=array.data.ptr,
-        shape=array.shape,
-        strides=array.strides,
-        dtype=dtype,
-        device=Device("cuda", array.device.id),
+        array.data.ptr,
+        array.shape,
+        array.strides,
+        dtype,
+        gpu(array.device.id),
         is_readonly=False,
         owner=array,
     )
@@ -46,8 +49,7 @@ class CupyFramework:
         """Make memory for an output."""
         if device.kind != "cuda":
             raise InvalidArgument(f"CuPy has no memory on {device}; pass NumPy arrays there.")
-        stored = np.dtype(np.uint8) if "float8" in dtype.name else dtype
-        return _view(cupy.empty(shape, stored), dtype)
+        return _view(cupy.empty(shape, _STORED_AS.get(dtype, dtype)), dtype)
 
     def finish(self, view: ArrayView) -> Any:
         """Return the CuPy array."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,14 @@ def numpy_dtype(dtype: torch.dtype, name: str) -> np.dtype[Any]:
     if dtype not in _NUMPY_OF_TORCH:
         raise InvalidArgument(f"{name} has dtype {dtype}, which epcomm does not carry.")
     return _NUMPY_OF_TORCH[dtype]
+
+
+@cache
+def _device_of(device: torch.device) -> Device | None:
+    """Return epcomm's name for one of torch's devices; None where it takes no tensors."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    return Device(device.type, device.index or 0)
 
 
 class _CudaMemory:
@@ -77,7 +86,8 @@ class TorchFramework:
                 f"inside torch.no_grad() or an autograd.Function, or pass {name}.detach()."
             )
         is_plain = array.layout is torch.strided and not array.is_nested
-        if not is_plain or array.device.type not in ("cpu", "cuda"):
+        device = _device_of(array.device)
+        if not is_plain or device is None:
             kind = "nested" if array.is_nested else array.layout
             raise InvalidArgument(
                 f"{name} is a {kind} tensor on {array.device}; epcomm takes strided tensors on cpu "
@@ -89,9 +99,9 @@ class TorchFramework:
         return ArrayView(
             ptr=_data_ptr(array, name),
             shape=tuple(array.shape),
-            strides=tuple(step * dtype.itemsize for step in array.stride()),
+            strides=tuple([step * dtype.itemsize for step in array.stride()]),
             dtype=dtype,
-            device=Device(array.device.type, array.device.index or 0),
+            device=device,
             is_readonly=False,
             owner=array,
         )

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -348,6 +347,19 @@ def test_arrays_on_a_gpu_are_refused_by_the_host_engine() -> None:
         buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=1)
     assert "x is on cuda:0, but this Buffer works on cpu" in str(caught.value)
     assert "Buffer(engine=...)" in str(caught.value)
+
+
+def test_dlpack_is_asked_of_every_object() -> None:
+    """Other than a framework's arrays, objects of one type need not be alike."""
+
+    class Maybe:
+        pass
+
+    exporting = Maybe()
+    exporting.__dlpack__ = Foreign(np.arange(3)).__dlpack__  # type: ignore[attr-defined]
+    assert framework_of(exporting, "x").name == "dlpack"
+    with pytest.raises(InvalidArgument, match="x is a Maybe"):
+        framework_of(Maybe(), "x")
 
 
 def test_dlpack_class_is_no_array() -> None:
@@ -712,7 +724,7 @@ def test_jax_adopts_bytes_of_another_dtype(jax: ModuleType, dtype: np.dtype[Any]
 def test_jax_outputs_are_never_copies(jax: ModuleType) -> None:
     """What a hook fills later must be the memory that the array shows."""
     made = framework_of(jax.numpy.ones(1), "x").empty((3, 5), np.dtype(np.float32), CPU, None)
-    turned = replace(made, shape=(5, 3), strides=(4, 20))
+    turned = made._replace(shape=(5, 3), strides=(4, 20))
     finish = framework_of(jax.numpy.ones(1), "x").finish
     arrays = finish(made), finish(turned)
     made.numpy()[...] = np.arange(15).reshape(3, 5)

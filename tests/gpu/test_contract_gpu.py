@@ -6,6 +6,7 @@ on the framework, or on the engine.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import cache
@@ -68,8 +69,9 @@ def on_threads(frame: str, kind: str, num_ranks: int, num_gpus: int = 0) -> Dige
 
 
 def gpus_up_to(number: int) -> str:
-    """Return what makes CUDA show so many GPUs."""
-    return ",".join(map(str, range(number)))
+    """Return what makes CUDA show so many of the GPUs that it shows here."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ",".join(shown.split(",")[:number] if shown else map(str, range(number)))
 
 
 def want(frame: str, kind: str, num_ranks: int) -> Digests:
@@ -103,7 +105,7 @@ def test_under_mpi_with_the_same_bits(
         pytest.param(frame, num_gpus, num_ranks, marks=pytest.mark.gpu(num_gpus))
         for frame, num_gpus, num_ranks in (
             *((frame, 1, 2) for frame in ON_CPU),
-            *(("cupy", 2, num_ranks) for num_ranks in (3, 4, 8)),
+            ("cupy", 2, 3),
         )
     ],
 )
@@ -120,9 +122,10 @@ def test_ranks_that_share_gpus(
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("frame", "num_ranks"), [("cupy", 2), ("cupy", 4), ("cupy", 8), ("torch-cuda", 3)]
+)
 @pytest.mark.parametrize("kind", list(PROGRAMS))
-@pytest.mark.parametrize("frame", ["cupy", "torch-cuda"])
 def test_threads_that_share_a_gpu(frame: str, kind: str, num_ranks: int) -> None:
     need(frame)
     assert on_threads(frame, kind, num_ranks, 1) == want(frame, kind, num_ranks)
