@@ -65,11 +65,9 @@ class CudaSlabs:
         self.are_threads = any(
             offer.pid == mine.pid for rank, offer in enumerate(offers) if rank != group.rank
         )
-        #: Whether one of those uses the same GPU.
-        self.has_neighbour = any(
-            (offer.pid, offer.device) == (mine.pid, mine.device)
-            for rank, offer in enumerate(offers)
-            if rank != group.rank
+        #: Threads of this process that use this rank's GPU, this rank among them.
+        self.num_sharing = sum(
+            (offer.pid, offer.device) == (mine.pid, mine.device) for offer in offers
         )
         #: Address of every rank's slab, by rank.
         self.ptrs: tuple[int, ...] = ()

@@ -263,7 +263,7 @@ class CudaEngine:
         while self._kept and self._kept[0][0].done:
             self._kept.popleft()
         current, previous = order.current_stream, order.previous_event
-        if current == 0 and self._slabs.has_neighbour:
+        if current == 0 and self._slabs.num_sharing > 1:
             raise UnsupportedConfig(
                 f"ranks share GPU {self._device} as threads of one process, and this call is on "
                 "the default stream, which they would share too: each would wait for the other. "
@@ -565,13 +565,19 @@ class CudaEngine:
         return recv, recv_scales, recv_topk
 
     def _num_blocks(self, num_sms: int | None) -> int:
-        number = self._num_sms() if num_sms is None else num_sms
-        if number > self._num_multiprocessors:
+        num_sharing = self._slabs.num_sharing
+        most = self._num_multiprocessors // num_sharing
+        if num_sms is None:
+            # The default is no promise where threads share a GPU: their blocks run side by side.
+            num_sms = min(self._num_sms(), most) if num_sharing > 1 else self._num_sms()
+        if num_sms > most:
+            shared = f", which {num_sharing} ranks share" if num_sharing > 1 else ""
             raise InvalidArgument(
-                f"num_sms is {number}; GPU {self._device} has {self._num_multiprocessors} "
-                "multiprocessors, and all blocks of a call must run at once. Pass fewer."
+                f"num_sms is {num_sms}; GPU {self._device} has {self._num_multiprocessors} "
+                f"multiprocessors{shared}, and all blocks of a call must run at once. Pass at most "
+                f"{most}."
             )
-        return number
+        return num_sms
 
     # --- combine -------------------------------------------------------------------------------
 
@@ -674,12 +680,11 @@ class CudaEngine:
     # --- low latency ---------------------------------------------------------------------------
 
     def _num_low_latency_blocks(self) -> int:
-        # Ranks that are threads of one process share their GPU at the same time, and wait for one
-        # another; processes take turns on it.
-        num_ranks = self._group.size
-        most = self._num_multiprocessors // (num_ranks if self._slabs.has_neighbour else 1)
+        # Threads that share the GPU run on it at the same time, and wait for one another; processes
+        # take turns on it.
+        most = self._num_multiprocessors // self._slabs.num_sharing
         # As many for each source: a block that has rows of two finds their places one by one.
-        return max(1, most // num_ranks * num_ranks)
+        return max(1, most // self._group.size * self._group.size)
 
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
         """See `Engine.low_latency_dispatch`."""
