@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm import cuda_layout, streams
-from epcomm.arrays import DTYPE_INDEX, DTYPE_NAME, ArrayView, gpu
+from epcomm.arrays import DTYPE_INDEX, DTYPE_NAME, ArrayView
 from epcomm.cuda_layout import AGREED, NUM_STAGE_WARPS, Agreed, Areas, areas_for
-from epcomm.cuda_slab import CudaSlabs
 from epcomm.engines import cuda_failures, cuda_params, cuda_tuning
 from epcomm.engines.base import (
     Allocate,
@@ -40,6 +39,7 @@ from epcomm.engines.base import (
 )
 from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_low_latency import CudaLowLatency
+from epcomm.engines.cuda_room import Room
 from epcomm.errors import CommTimeout, InvalidArgument, UnsupportedConfig
 from epcomm.gpus import has_bulk_copies
 from epcomm.group import Group
@@ -50,10 +50,6 @@ from epcomm.routing import round_up
 from epcomm.topology import Topology
 from epcomm.waiting import Deadline, poll_until
 
-#: Tokens a rank that lists have room for at least; a call with more than they have is refused.
-MIN_LIST_TOKENS = 8192
-#: Where more bytes are reserved, lists have room for as many tokens as rows of this size.
-LIST_ROW_BYTES = 1024
 _ROUTE_THREADS = 1024
 _AGREE_THREADS = 32
 _WORD = 4
@@ -183,10 +179,15 @@ class CudaEngine:
             self._summary = _pinned(cuda_params.HOST_SUMMARY)
             self._summary_ptr = int(self._summary.ctypes.data)
             cupy.cuda.runtime.deviceSynchronize()
-            self._areas = _first_areas(group.size, num_bytes)
-            self._slabs = self._make_slabs()
-            self._launcher = PeerLauncher(group, self._slabs.are_threads, timeout_s)
-            self._call = self._make_call()
+            self._room = Room(
+                group,
+                device,
+                num_bytes,
+                state=self._state.data.ptr,
+                record=self._record_ptr,
+                timeout_s=timeout_s,
+            )
+            self._launcher = PeerLauncher(group, self._room.slabs.are_threads, timeout_s)
             self._low_latency = CudaLowLatency(
                 group,
                 device,
@@ -201,30 +202,9 @@ class CudaEngine:
                 before_growth=self._settle,
             )
 
-    def _make_slabs(self) -> CudaSlabs:
-        areas = self._areas
-        return CudaSlabs(
-            self._group, self._device, areas.num_bytes, areas.stage_offset, self._timeout_s
-        )
-
-    def _make_call(self) -> bytes:
-        """Return the part of every kernel's argument that only changes when slabs grow."""
-        call = np.zeros((), cuda_params.CALL)
-        slabs, areas = call["slabs"], self._areas
-        slabs["base"][: self._group.size] = self._slabs.ptrs
-        for name in ("lists", "flags", "stage_flags", "stage", "slots"):
-            slabs[f"{name}_offset"] = getattr(areas, f"{name}_offset")
-        for name in ("stage_bytes", "slot_bytes", "list_tokens", "flag_units", "stage_flag_units"):
-            slabs[name] = getattr(areas, name)
-        call["state"] = self._state.data.ptr
-        call["record"] = self._record_ptr
-        call["timeout_ns"] = int(self._timeout_s * 1e9)
-        call["rank"] = self._group.rank
-        return call.tobytes()
-
     def slab_bytes(self) -> int:
         """See `Engine.slab_bytes`."""
-        return self._areas.num_bytes + self._low_latency.slab_bytes()
+        return self._room.areas.num_bytes + self._low_latency.slab_bytes()
 
     def comm_stream(self) -> Any:
         """See `Engine.comm_stream`: a cupy.cuda.Stream."""
@@ -234,17 +214,7 @@ class CudaEngine:
         """See `Engine.local_memory`."""
         if is_low_latency:
             return self._low_latency.local_memory()
-        # Rows only: what lies before them are the cells that calls keep step with.
-        first, size = self._areas.stage_offset, self._areas.num_bytes - self._areas.stage_offset
-        return ArrayView(
-            ptr=self._slabs.ptrs[self._group.rank] + first,
-            shape=(size,),
-            strides=(1,),
-            dtype=np.dtype(np.uint8),
-            device=gpu(self._device),
-            is_readonly=False,
-            owner=self._slabs,
-        )
+        return self._room.rows()
 
     # --- streams -------------------------------------------------------------------------------
 
@@ -263,7 +233,7 @@ class CudaEngine:
         while self._kept and self._kept[0][0].done:
             self._kept.popleft()
         current, previous = order.current_stream, order.previous_event
-        if current == 0 and self._slabs.num_sharing > 1:
+        if current == 0 and self._room.slabs.num_sharing > 1:
             raise UnsupportedConfig(
                 f"ranks share GPU {self._device} as threads of one process, and this call is on "
                 "the default stream, which they would share too: each would wait for the other. "
@@ -423,22 +393,15 @@ class CudaEngine:
         layout = request.layout
         assert layout is not None
         num_tokens, num_ranks = request.data.shape[0], self._group.size
-        if num_tokens > self._areas.list_tokens:
-            row_bytes = max(_staged_row_bytes(request), LIST_ROW_BYTES + 128)
-            needed = areas_for(num_ranks, num_tokens + 1024, row_bytes, row_bytes)
-            raise InvalidArgument(
-                f"x has {num_tokens} tokens; this Buffer was made for at most "
-                f"{self._areas.list_tokens} a rank. Pass num_nvl_bytes={needed.num_bytes} or more, "
-                "see Config.get_nvl_buffer_size_hint. Nothing was sent."
-            )
+        self._room.check_tokens(num_tokens, _staged_row_bytes(request))
         # Others' tokens are unknown yet; lists bound them.
-        most_work = max(1, (num_ranks - 1) * self._areas.list_tokens)
+        most_work = max(1, (num_ranks - 1) * self._room.areas.list_tokens)
         # Kept here as well, for where the call fails while the kernel runs.
         self._tables = tables = _make_tables(num_tokens, num_ranks, most_work)
         ticket = next(self._tickets)
         params = cuda_params.pack(
             cuda_params.ROUTE,
-            self._call,
+            self._room.call,
             header,
             (
                 layout.is_token_in_rank.ptr,
@@ -558,14 +521,14 @@ class CudaEngine:
             num_blocks=move.num_blocks,
             num_threads=move.num_threads,
             params=cuda_params.pack(
-                cuda_params.DISPATCH, self._call, header, (*move.sources, *outputs, *move.rest)
+                cuda_params.DISPATCH, self._room.call, header, (*move.sources, *outputs, *move.rest)
             ),
             shared_bytes=move.shared_bytes,
         )
         return recv, recv_scales, recv_topk
 
     def _num_blocks(self, num_sms: int | None) -> int:
-        num_sharing = self._slabs.num_sharing
+        num_sharing = self._room.slabs.num_sharing
         most = self._num_multiprocessors // num_sharing
         if num_sms is None:
             # The default is no promise where threads share a GPU: their blocks run side by side.
@@ -608,7 +571,7 @@ class CudaEngine:
         unit_rows = cuda_tuning.unit_rows(row_bytes)
         params = cuda_params.pack(
             cuda_params.COMBINE,
-            self._call,
+            self._room.call,
             header,
             (
                 *(data.ptr, weights_in, *bias_ptrs[:2], out.ptr, weights_out),
@@ -637,52 +600,40 @@ class CudaEngine:
     ) -> None:
         """Have room for a call along known routes, or refuse."""
         needed = areas_for(self._group.size, record.max_tokens, staged_row_bytes, slot_row_bytes)
-        if self._areas.has_room_for(needed):
+        if self._room.areas.has_room_for(needed):
             return
         if not record.is_exact or self._is_capturing:
-            raise self._no_room(needed)
+            raise self._room.refusal(needed)
         # Ranks that agree all need the same; one that does not would wait for the others in vain.
         self._launch(
             kernels.agree_spec(self._group.size),
             num_blocks=1,
             num_threads=_AGREE_THREADS,
-            params=cuda_params.pack(cuda_params.AGREE, self._call, header, ()),
+            params=cuda_params.pack(cuda_params.AGREE, self._room.call, header, ()),
         )
         self._grow(needed)
 
     def _check_room(self, num_tokens: int, staged_row_bytes: int) -> None:
         needed = areas_for(self._group.size, num_tokens, staged_row_bytes, 0)
-        if not self._areas.has_room_for(needed):
-            raise self._no_room(needed)
-
-    def _no_room(self, needed: Areas) -> InvalidArgument:
-        num_bytes = self._areas.merged_with(needed).num_bytes
-        return InvalidArgument(
-            f"the slab has {self._areas.num_bytes} bytes, too few for this call, and with "
-            "num_worst_tokens it cannot grow: nothing waits for the host. Pass num_nvl_bytes="
-            f"{num_bytes} or more, see Config.get_nvl_buffer_size_hint. Nothing was sent."
-        )
+        if not self._room.areas.has_room_for(needed):
+            raise self._room.refusal(needed)
 
     def _grow(self, needed: Areas) -> None:
         """Make all slabs large enough. Collective where they grow: all ranks see the same need."""
-        if self._areas.has_room_for(needed):
+        if self._room.areas.has_room_for(needed):
             return
         if self._is_capturing:
-            raise self._no_room(needed)
+            raise self._room.refusal(needed)
         # Peers may still use this slab: each has to be done before the old slabs go.
         self._settle()
-        old = self._slabs
-        self._areas = self._areas.merged_with(needed)
-        self._slabs = self._make_slabs()
-        self._call = self._make_call()
-        old.close(is_collective=True)
+        self._room.grow(needed)
 
     # --- low latency ---------------------------------------------------------------------------
 
     def _num_low_latency_blocks(self) -> int:
         # Threads that share the GPU run on it at the same time, and wait for one another; processes
         # take turns on it.
-        most = self._num_multiprocessors // self._slabs.num_sharing
+        most = self._num_multiprocessors // self._room.slabs.num_sharing
         # As many for each source: a block that has rows of two finds their places one by one.
         return max(1, most // self._group.size * self._group.size)
 
@@ -727,7 +678,7 @@ class CudaEngine:
             self._wait_all()
             self._kept.clear()
             self._captured.clear()
-            self._slabs.close(is_collective)
+            self._room.slabs.close(is_collective)
             self._low_latency.close(is_collective)
 
 
@@ -742,13 +693,6 @@ def _pinned(dtype: np.dtype[Any]) -> npt.NDArray[np.void]:
     array: npt.NDArray[np.void] = np.frombuffer(memory, dtype, count=1).reshape(())
     array[...] = 0
     return array
-
-
-def _first_areas(num_ranks: int, num_bytes: int) -> Areas:
-    """Divide the bytes that the caller wants reserved; a call that needs more grows them."""
-    least = areas_for(num_ranks, MIN_LIST_TOKENS, 0, 0)
-    part = max(0, num_bytes - least.num_bytes) // (num_ranks + 1) // 256 * 256
-    return Areas(num_ranks, part, part, max(MIN_LIST_TOKENS, part // LIST_ROW_BYTES // 64 * 64))
 
 
 def _staged_row_bytes(request: DispatchRequest) -> int:
