@@ -189,26 +189,34 @@ __device__ __forceinline__ void post_arrival(const Call& call, u32 epoch) {
   }
 }
 
-// Reports the first value in which some rank's header differs from rank 0's. By one thread; all
-// headers have arrived. Every rank finds the same.
-__device__ inline bool headers_agree(const Call& call, u32 epoch, u32 num_agreed) {
-  for (u32 i = 0; i < num_agreed; ++i) {
-    const i32 first = slab::header(call.slabs, call.rank, epoch, 0)[i];
-    for (u32 peer = 1; peer < kNumRanks; ++peer) {
-      if (slab::header(call.slabs, call.rank, epoch, peer)[i] != first) {
-        // Several blocks may come here; all write the same.
-        volatile FailureRecord* record = call.record;
-        record->field = static_cast<i32>(i);
-        for (u32 p = 0; p < kNumRanks; ++p) {
-          record->values[p] = slab::header(call.slabs, call.rank, epoch, p)[i];
-        }
-        __threadfence_system();
-        record->failure = kMismatch;
-        return false;
-      }
-    }
+// Reports a value in which some rank's header differs. Several blocks may; all write the same.
+__device__ inline void report_mismatch(const Call& call, u32 epoch, u32 field) {
+  volatile FailureRecord* record = call.record;
+  record->field = static_cast<i32>(field);
+  for (u32 peer = 0; peer < kNumRanks; ++peer) {
+    record->values[peer] = slab::header(call.slabs, call.rank, epoch, peer)[field];
   }
-  return true;
+  __threadfence_system();
+  record->failure = kMismatch;
+}
+
+// Whether all ranks' headers agree; reports the first value in which one does not. By all lanes of
+// a warp, a value each; all headers have arrived. Every rank finds the same.
+__device__ inline bool headers_agree(const Call& call, u32 epoch) {
+  static_assert(kNumAgreed <= kWarpSize, "a lane a value");
+  const u32 field = lane_index();
+  i32 values[kNumRanks] = {};
+#pragma unroll
+  for (u32 peer = 0; peer < kNumRanks; ++peer) {
+    if (field < kNumAgreed) values[peer] = slab::header(call.slabs, call.rank, epoch, peer)[field];
+  }
+  bool differs = false;
+#pragma unroll
+  for (u32 peer = 1; peer < kNumRanks; ++peer) differs = differs || values[peer] != values[0];
+  const u32 differing = __ballot_sync(kFullWarp, differs);
+  const u32 before = (1u << field) - 1;
+  if (differs && (differing & before) == 0) report_mismatch(call, epoch, field);
+  return differing == 0;
 }
 
 // Barriers of a block beside __syncthreads, by number.
@@ -224,7 +232,7 @@ __device__ inline bool wait_arrival(const Call& call, Phase phase, u32 epoch, u3
                         slab::arrival_cell(call.slabs, call.rank, threadIdx.x));
   }
   if (!ptx::barrier_sync_and(kArrivalBarrier, num_threads, is_good)) return false;
-  if (threadIdx.x == 0) is_good = headers_agree(call, epoch, kNumAgreed);
+  if (warp_index() == 0) is_good = headers_agree(call, epoch);
   return ptx::barrier_sync_and(kArrivalBarrier, num_threads, is_good);
 }
 

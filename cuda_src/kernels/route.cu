@@ -99,27 +99,30 @@ __device__ inline bool wait_counts(const comm::Call& call, u32 epoch, i32* count
   return __syncthreads_and(is_good);
 }
 
-// Whether headers agree, and every rank has room for what arrives. By one thread of the block that
+// Whether headers agree, and every rank has room for what arrives. By a warp of the block that
 // listens to this rank itself; every rank comes to the same answer.
 __device__ inline bool check_headers(const comm::Call& call, u32 epoch, const i32* counts) {
-  if (!comm::headers_agree(call, epoch, kNumAgreed)) return false;
-  for (u32 receiver = 0; receiver < kNumRanks; ++receiver) {
-    const i32 room = slab::header(call.slabs, call.rank, epoch, receiver)[kHeaderWorstTokens];
-    i32 num_recv = 0;
+  if (!comm::headers_agree(call, epoch)) return false;
+  const u32 receiver = lane_index();
+  i32 room = 0, num_recv = 0;
+  if (receiver < kNumRanks) {
+    room = slab::header(call.slabs, call.rank, epoch, receiver)[kHeaderWorstTokens];
+#pragma unroll
     for (u32 source = 0; source < kNumRanks; ++source) {
       num_recv += counts[source * kNumRanks + receiver];
     }
-    if (room > 0 && num_recv > room) {
-      volatile comm::FailureRecord* record = call.record;
-      record->peer = static_cast<i32>(receiver);
-      record->expected = static_cast<u32>(room);
-      record->seen = static_cast<u32>(num_recv);
-      __threadfence_system();
-      record->failure = comm::kTooManyRows;
-      return false;
-    }
   }
-  return true;
+  const u32 lacking = __ballot_sync(kFullWarp, room > 0 && num_recv > room);
+  if (lacking == 0) return true;
+  if ((lacking >> receiver) % 2 != 0 && (lacking & ((1u << receiver) - 1)) == 0) {
+    volatile comm::FailureRecord* record = call.record;
+    record->peer = static_cast<i32>(receiver);
+    record->expected = static_cast<u32>(room);
+    record->seen = static_cast<u32>(num_recv);
+    __threadfence_system();
+    record->failure = comm::kTooManyRows;
+  }
+  return false;
 }
 
 // Sums expert counts and tells the host. By the block that listens to this rank itself.
@@ -128,16 +131,21 @@ __device__ inline void tell_host(const RouteParams& params, u32 epoch, u32 num_r
   const u32 num_local = params.num_experts / kNumRanks;
   for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) {
     i32 sum = 0;
+#pragma unroll
     for (u32 source = 0; source < kNumRanks; ++source) {
       sum += slab::expert_counts(call.slabs, call.rank, epoch, source)[i];
     }
     params.host->expert_counts[i] = sum;
   }
   if (threadIdx.x == 0) {
-    i32 max_tokens = 0;
+    i32 tokens[kNumRanks], max_tokens = 0;
+#pragma unroll
     for (u32 source = 0; source < kNumRanks; ++source) {
-      const i32 tokens = slab::header(call.slabs, call.rank, epoch, source)[kHeaderTokens];
-      if (tokens > max_tokens) max_tokens = tokens;
+      tokens[source] = slab::header(call.slabs, call.rank, epoch, source)[kHeaderTokens];
+    }
+#pragma unroll
+    for (u32 source = 0; source < kNumRanks; ++source) {
+      max_tokens = max_of(max_tokens, tokens[source]);
     }
     params.host->num_recv = static_cast<i32>(num_recv);
     params.host->max_tokens = max_tokens;
@@ -185,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   if (is_good) send_counts(params, epoch, other, total);
   is_good = __syncthreads_and(is_good) && wait_counts(call, epoch, counts);
   if (other == me) {
-    if (is_good && threadIdx.x == 0) is_good = check_headers(call, epoch, counts);
+    if (is_good && warp_index() == 0) is_good = check_headers(call, epoch, counts);
     is_good = __syncthreads_and(is_good);
     u32 num_recv = 0, num_own = counts[me * kNumRanks + me];
     for (u32 source = 0; source < kNumRanks; ++source) num_recv += counts[source * kNumRanks + me];
