@@ -35,8 +35,8 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
-from epcomm.engines.host_low_latency import allocate_result
-from epcomm.errors import InvalidArgument, UnsupportedConfig
+from epcomm.engines.host_low_latency import allocate_result, check_combine_buffer
+from epcomm.errors import UnsupportedConfig
 
 #: An array on the GPU, and the memory of the host that stands for it.
 _Pair = tuple[ArrayView, ArrayView]
@@ -392,11 +392,8 @@ class StagedEngine:
         )
 
     def _check_zero_copy(self, request: LowLatencyCombineRequest) -> None:
-        if self._combine_buffer is None or request.data.ptr != self._combine_buffer.ptr:
-            raise InvalidArgument(
-                "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "
-                "gives now; fill that one and pass it, or pass zero_copy=False."
-            )
+        wanted = 0 if self._combine_buffer is None else self._combine_buffer.ptr
+        check_combine_buffer(request.data, wanted)
 
     # --- masks ---------------------------------------------------------------------------------
 
