@@ -120,26 +120,28 @@ class Buffer(LowLatencyCalls):
         settings = env.settings()
         self.timeout_s = settings.timeout_s if timeout_s is None else _seconds(timeout_s)
         wanted = engine or settings.engine
-        choose_engine(wanted)  # a wrong name is refused before any peer is touched
+        # Before any peer is touched: for a group of one node, and of several.
+        in_node, between_nodes = choose_engine(wanted), choose_engine(wanted, 2)
         gpu = None if device is None else _gpu_number(device)
         ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
         self.group_size = ranks.size
         self.id = next(_buffer_ids)
-        self._topology = topology.discover(ranks, settings, self.timeout_s)
-        num_nodes = self._topology.num_nodes
-        name = choose_engine(wanted, num_nodes)
         _agree_on_setup(
             ranks,
             {
                 "num_nvl_bytes": self.num_nvl_bytes,
                 "num_rdma_bytes": self.num_rdma_bytes,
                 "enable_shrink": enable_shrink,
-                "engine": name,
+                "engine": in_node,
+                "engine between nodes": between_nodes,
                 "EPCOMM_SHM_DIR": settings.shm_dir,
             },
             self.timeout_s,
         )
+        self._topology = topology.discover(ranks, settings, self.timeout_s)
+        num_nodes = self._topology.num_nodes
+        name = in_node if num_nodes == 1 else between_nodes
         has_gpu = name == "cuda" or is_staged(wanted, num_nodes, gpu)
         if has_gpu and gpu is None:
             gpu = current_gpu()
