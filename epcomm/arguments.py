@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from epcomm.arrays import BFLOAT16, DTYPE_INDEX, ArrayView, Device
+from epcomm.arrays import BFLOAT16, CPU, DTYPE_INDEX, ArrayView, Device
 from epcomm.engines.base import (
     MAX_LOW_LATENCY_TOPK,
     Fp8Format,
@@ -89,7 +89,7 @@ def view_of(
     if view.device != place.device:
         raise InvalidArgument(
             f"{name} is on {view.device}, but this Buffer works on {place.device}; move the "
-            "array there, or choose the engine with Buffer(engine=...)."
+            f"array there, or make the Buffer with {_options_for(view.device, place.device)}."
         )
     if not is_strided and not view.is_contiguous:
         raise InvalidArgument(
@@ -110,6 +110,19 @@ def _fits(shape: tuple[int, ...], rule: tuple[int | str, ...]) -> bool:
         if shape[axis] != want and not isinstance(want, str):
             return False
     return True
+
+
+def _options_for(device: Device, place: Device) -> str:
+    """Return the arguments of a Buffer for arrays of another device than its place."""
+    if device == CPU:
+        return "engine='host' and without device= (or set EPCOMM_ENGINE=host)"
+    if place == CPU:
+        index = device.index
+        return (
+            f"engine='cuda', device={index}, or, where GPUs have no peer access or ranks span "
+            f"nodes, with engine='host', device={index}"
+        )
+    return f"device={device.index}"
 
 
 def whole_number(value: Any, name: str, least: int, most: int | None = MAX_COUNT) -> int:

@@ -13,6 +13,7 @@ from epcomm import arguments, env, topology
 from epcomm.arguments import Place, view_of
 from epcomm.arrays import CPU, ArrayView, Device, packed_strides
 from epcomm.config import Config, check_num_sms
+from epcomm.engines import choose_engine, is_staged
 from epcomm.engines.base import (
     DEFAULT_CHUNKS,
     Allocate,
@@ -24,10 +25,11 @@ from epcomm.engines.base import (
 )
 from epcomm.engines.host import HostEngine
 from epcomm.engines.rails import GRACE_S, RailsEngine
+from epcomm.engines.staged import StagedEngine
 from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
 from epcomm.events import EventHandle, EventOverlap
 from epcomm.frameworks import Framework, framework_of, framework_of_dtype
-from epcomm.gpus import find_num_gpus, has_bulk_copies
+from epcomm.gpus import current_gpu, find_num_gpus, has_bulk_copies
 from epcomm.group import Group, as_group
 from epcomm.handle import DispatchHandle
 from epcomm.low_latency import LowLatencyCalls
@@ -59,11 +61,14 @@ class Buffer(LowLatencyCalls):
         explicitly_destroy: Kept as an attribute; `destroy` may be called either way.
         enable_shrink: Let low-latency calls go on without ranks that do not answer in time.
         comm: An mpi4py communicator, in place of ``group``.
-        engine: ``"host"``, ``"cuda"`` (experimental; arrays on GPUs) or ``"auto"``, the host engine
-            for now; None takes EPCOMM_ENGINE.
+        engine: ``"cuda"`` for arrays on GPUs of one node that reach each other; ``"host"`` for
+            arrays in CPU memory or, with ``device=``, for arrays on that GPU, which are copied
+            through host memory; ``"auto"`` for arrays on GPUs where CuPy finds one, by the cuda
+            engine inside a node and copied through host memory between nodes, else the host
+            engine. None takes EPCOMM_ENGINE.
         timeout_s: Deadline of every wait, in seconds; None takes EPCOMM_TIMEOUT_S.
-        device: Number of this rank's GPU; None takes the one that is current (CuPy, torch). JAX
-            changes it at will, so name it there.
+        device: Number of this rank's GPU; None takes the one that is current (CuPy, torch), and
+            with ``engine="host"`` the CPU. JAX changes it at will, so name it there.
 
     Attributes:
         rank: This rank.
@@ -113,7 +118,10 @@ class Buffer(LowLatencyCalls):
         self.enable_shrink = enable_shrink
         settings = env.settings()
         self.timeout_s = settings.timeout_s if timeout_s is None else _seconds(timeout_s)
-        wanted_engine = choose_engine(engine or settings.engine)
+        wanted = engine or settings.engine
+        # Before any peer is touched: for a group of one node, and of several.
+        in_node, between_nodes = choose_engine(wanted), choose_engine(wanted, 2)
+        gpu = None if device is None else _gpu_number(device)
         ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
         self.group_size = ranks.size
@@ -124,42 +132,52 @@ class Buffer(LowLatencyCalls):
                 "num_nvl_bytes": self.num_nvl_bytes,
                 "num_rdma_bytes": self.num_rdma_bytes,
                 "enable_shrink": enable_shrink,
-                "engine": wanted_engine,
+                "engine": in_node,
+                "engine between nodes": between_nodes,
                 "EPCOMM_SHM_DIR": settings.shm_dir,
             },
             self.timeout_s,
         )
         self._topology = topology.discover(ranks, settings, self.timeout_s)
-        self._engine = self._make_engine(ranks, wanted_engine, settings, device)
+        num_nodes = self._topology.num_nodes
+        name = in_node if num_nodes == 1 else between_nodes
+        has_gpu = name == "cuda" or is_staged(wanted, num_nodes, gpu)
+        if has_gpu and gpu is None:
+            gpu = current_gpu()
+        self._place = Place(CPU if gpu is None else Device("cuda", gpu), ranks.size)
+        self._engine = self._make_engine(ranks, name, settings)
 
-    def _make_engine(
-        self, ranks: Group, name: str, settings: env.Settings, device: int | None
-    ) -> Engine:
-        if name == "host":
-            self._place = Place(CPU, ranks.size)
-            if self._topology.num_nodes > 1:
-                return self._make_rails(ranks, settings)
-            return HostEngine(
-                ranks,
-                self._topology,
-                num_bytes=self.num_nvl_bytes,
-                num_low_latency_bytes=self.num_rdma_bytes,
-                shm_dir=settings.shm_dir,
-                timeout_s=self.timeout_s,
-                can_mask=self.enable_shrink,
-                buffer_id=self.id,
-            )
-        from epcomm.engines.cuda import CudaEngine, current_device
+    def _make_engine(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
+        if name == "cuda":
+            return self._make_cuda(ranks)
+        make = self._make_rails if self._topology.num_nodes > 1 else self._make_host
+        device = self._place.device
+        if device == CPU:
+            return make(ranks, settings)
+        from epcomm.engines.device_copies import DeviceCopies
 
-        if device is None:
-            device = current_device()
-        elif not 0 <= device < find_num_gpus():
-            raise InvalidArgument(f"device is {device}; it must be below {find_num_gpus()}, a GPU.")
-        self._place = Place(Device("cuda", device), ranks.size)
+        copies = DeviceCopies(device.index)
+        return StagedEngine(make(ranks, settings), copies, device)
+
+    def _make_host(self, ranks: Group, settings: env.Settings) -> Engine:
+        return HostEngine(
+            ranks,
+            self._topology,
+            num_bytes=self.num_nvl_bytes,
+            num_low_latency_bytes=self.num_rdma_bytes,
+            shm_dir=settings.shm_dir,
+            timeout_s=self.timeout_s,
+            can_mask=self.enable_shrink,
+            buffer_id=self.id,
+        )
+
+    def _make_cuda(self, ranks: Group) -> Engine:
+        from epcomm.engines.cuda import CudaEngine
+
         return CudaEngine(
             ranks,
             self._topology,
-            device=device,
+            device=self._place.device.index,
             num_bytes=self.num_nvl_bytes,
             num_low_latency_bytes=self.num_rdma_bytes,
             can_mask=self.enable_shrink,
@@ -252,7 +270,7 @@ class Buffer(LowLatencyCalls):
         return EventOverlap(EventHandle())
 
     def get_comm_stream(self) -> Any:
-        """Return the communication stream, a cupy.cuda.Stream; None on the host engine."""
+        """Return the communication stream, a cupy.cuda.Stream; None for arrays in CPU memory."""
         return self._open().comm_stream()
 
     def get_local_buffer_tensor(
@@ -263,6 +281,8 @@ class Buffer(LowLatencyCalls):
         use_rdma_buffer: bool = False,
     ) -> Any:
         """Return this rank's own slab as an array. No copy; valid until the slab grows.
+
+        The host engine's is CPU memory, for arrays on a GPU as well.
 
         Args:
             dtype: A NumPy or torch dtype; decides the framework of what is returned.
@@ -558,27 +578,6 @@ class Buffer(LowLatencyCalls):
         return lambda shape, dtype: framework.empty(shape, dtype, device, stream)
 
 
-def choose_engine(wanted: str) -> str:
-    """Return the engine, ``"host"`` or ``"cuda"``, that a name of ``env.ENGINES`` stands for here.
-
-    Raises:
-        InvalidArgument: It is no such name.
-        UnsupportedConfig: It is ``"cuda"``, and there is no GPU.
-    """
-    if wanted not in env.ENGINES:
-        raise InvalidArgument(f"engine is {wanted!r}; it must be one of {', '.join(env.ENGINES)}.")
-    if wanted == "auto":
-        # NOTE: the cuda engine is asked for by name until a full run of its GPU tests is recorded.
-        return "host"
-    if wanted == "cuda" and find_num_gpus() == 0:
-        raise UnsupportedConfig(
-            "engine='cuda' found no GPU that CuPy can use; install 'epcomm[cuda12]' or "
-            "'epcomm[cuda13]' where there is one (python -m epcomm info tells what was found), or "
-            "use engine='host' with CPU arrays."
-        )
-    return wanted
-
-
 def _agree_on_setup(group: Group, mine: dict[str, Any], timeout_s: float) -> None:
     """Hold all ranks to the same construction arguments. Collective."""
     said = group.allgather(mine, timeout_s=timeout_s, phase="making a Buffer")
@@ -589,6 +588,20 @@ def _agree_on_setup(group: Group, mine: dict[str, Any], timeout_s: float) -> Non
             raise RankMismatch(
                 f"Buffer: ranks disagree on {name} ({shown}). Every rank must pass the same."
             )
+
+
+def _gpu_number(device: Any) -> int:
+    """Return the number of a GPU, or raise."""
+    num_gpus = find_num_gpus()
+    if not num_gpus:
+        raise UnsupportedConfig(
+            f"device={device}, but CuPy finds no GPU here (python -m epcomm info tells what was "
+            "found); leave device out, for CPU arrays."
+        )
+    number = arguments.whole_number(device, "device", 0)
+    if number >= num_gpus:
+        raise InvalidArgument(f"device is {number}; it must be below {num_gpus}, a GPU's number.")
+    return number
 
 
 def _seconds(timeout_s: Any) -> float:

@@ -188,7 +188,8 @@ def areas_for(num_ranks: int, num_tokens: int, staged_row_bytes: int, slot_row_b
     """
     if num_ranks > MAX_RANKS:
         raise UnsupportedConfig(
-            f"the group has {num_ranks} ranks on one node; the cuda engine takes {MAX_RANKS}."
+            f"the group has {num_ranks} ranks on one node; the cuda engine takes {MAX_RANKS}. Use "
+            "engine='host', with device=i for arrays of GPU i."
         )
     return Areas(
         num_ranks,

@@ -164,7 +164,8 @@ def _find_unreachable(offers: Sequence[_Offer], rank: int) -> str:
             return (
                 f"GPU {mine.bus_id} (rank {rank}) has no peer access to GPU {offer.bus_id} (rank "
                 f"{peer}); the cuda engine needs NVLink or PCIe peer access between all ranks of "
-                "a node. Use engine='host' with CPU arrays."
+                "a node. Use engine='host', device=i, which copies arrays of GPU i through host "
+                "memory; or engine='host' with CPU arrays."
             )
     return ""
 

@@ -20,22 +20,42 @@ _one = OneBuffer("decoding")
 
 
 def get_buffer(
-    group: Any, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    group: Any,
+    num_max_dispatch_tokens_per_rank: int,
+    hidden: int,
+    num_experts: int,
+    *,
+    engine: str | None = None,
+    device: int | None = None,
 ) -> Buffer:
     """Return this rank's Buffer; collective where one has to be made.
 
-    A new one is made when there is none, the group changed, or it is too small for the shape.
+    A new one is made when there is none, the group, the engine or the device changed, or it is too
+    small for the shape.
 
     Args:
         group: What `Buffer` takes as group.
         num_max_dispatch_tokens_per_rank: Most tokens a rank passes in one call.
         hidden: Elements of a row.
         num_experts: Experts over all ranks.
+        engine: What `Buffer` takes as engine.
+        device: What `Buffer` takes as device.
     """
     num_rdma_bytes = Buffer.get_low_latency_rdma_size_hint(
-        num_max_dispatch_tokens_per_rank, hidden, as_group(group).size, num_experts
+        num_max_dispatch_tokens_per_rank,
+        hidden,
+        as_group(group).size,
+        num_experts,
+        engine=engine,
     )
-    return _one.get(group, num_nvl_bytes=0, num_rdma_bytes=num_rdma_bytes, low_latency_mode=True)
+    return _one.get(
+        group,
+        num_nvl_bytes=0,
+        num_rdma_bytes=num_rdma_bytes,
+        low_latency_mode=True,
+        engine=engine,
+        device=device,
+    )
 
 
 def low_latency_dispatch(

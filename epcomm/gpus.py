@@ -26,6 +26,13 @@ def find_num_gpus() -> int:
         return 0
 
 
+def current_gpu() -> int:
+    """Return the number of the GPU that is current in this thread."""
+    import cupy
+
+    return int(cupy.cuda.runtime.getDevice())
+
+
 def has_bulk_copies() -> bool:
     """Return whether the current GPU has bulk copies between global and shared memory."""
     import cupy

@@ -10,7 +10,7 @@ import numpy as np
 from epcomm import arguments, cuda_layout, env
 from epcomm.arguments import FLOAT32, INT32, INT64, Place, view_of
 from epcomm.arrays import BFLOAT16, ArrayView
-from epcomm.engines import host_low_latency
+from epcomm.engines import choose_engine, host_low_latency
 from epcomm.engines.base import (
     Allocate,
     CombinePrecision,
@@ -72,7 +72,8 @@ class LowLatencyCalls:
         shape = arguments.low_latency_shape(
             num_max_dispatch_tokens_per_rank, hidden, num_experts, num_ranks
         )
-        if (engine or env.settings().engine) == "cuda":
+        name = engine or env.settings().engine
+        if name == "cuda" or (name == "auto" and choose_engine(name) == "cuda"):
             return cuda_layout.low_latency_region_bytes(shape)
         return host_low_latency.region_bytes(shape)
 

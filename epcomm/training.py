@@ -32,14 +32,19 @@ def get_hidden_bytes(x: Any) -> int:
     return int(data.shape[1]) * max(int(data.dtype.itemsize), 2)
 
 
-def get_buffer(group: Any, hidden_bytes: int) -> Buffer:
+def get_buffer(
+    group: Any, hidden_bytes: int, *, engine: str | None = None, device: int | None = None
+) -> Buffer:
     """Return this rank's Buffer; collective where one has to be made.
 
-    A new one is made when there is none, the group changed, or it is too small for the rows.
+    A new one is made when there is none, the group, the engine or the device changed, or it is too
+    small for the rows.
 
     Args:
         group: What `Buffer` takes as group.
         hidden_bytes: Bytes of a row, see `get_hidden_bytes`.
+        engine: What `Buffer` takes as engine.
+        device: What `Buffer` takes as device.
     """
     num_ranks = as_group(group).size
     configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
@@ -48,6 +53,8 @@ def get_buffer(group: Any, hidden_bytes: int) -> Buffer:
         num_nvl_bytes=max(c.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for c in configs),
         num_rdma_bytes=max(c.get_rdma_buffer_size_hint(hidden_bytes, num_ranks) for c in configs),
         low_latency_mode=False,
+        engine=engine,
+        device=device,
     )
     _by_id[buffer.id] = buffer
     return buffer

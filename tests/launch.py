@@ -147,13 +147,16 @@ def run_threads_of(
     return result
 
 
-def run_command(command: str, *, cwd: Path, timeout_s: float = 120.0) -> Result:
+def run_command(
+    command: str, *, cwd: Path, timeout_s: float = 120.0, variables: Mapping[str, str] | None = None
+) -> Result:
     """Run a command line as users would type it, with this Python's programs first on PATH.
 
     Args:
         command: The line. No shell sees it.
         cwd: Where to run it.
         timeout_s: As for `run_ranks`.
+        variables: Those to set on top of the cleaned environment.
 
     Raises:
         AssertionError: The exit code is not 0, or the deadline passed; the message shows both
@@ -165,6 +168,7 @@ def run_command(command: str, *, cwd: Path, timeout_s: float = 120.0) -> Result:
     if words[0] == "mpiexec" and (mpiexec := find_mpiexec()) is not None:
         options, mpi_env = _open_mpi_needs(mpiexec)
         env |= mpi_env
+    env |= dict(variables or {})
     program = shutil.which(words[0], path=env["PATH"])
     if program is None:
         raise FileNotFoundError(f"no {words[0]} beside this Python or on PATH")
@@ -184,6 +188,8 @@ def _clean_environment() -> dict[str, str]:
     env["PYTHONPATH"] = str(ROOT)
     env["PYTHONFAULTHANDLER"] = "1"
     env["OMP_NUM_THREADS"] = "1"
+    # Machines with GPUs and without do the same, but for programs that name an engine.
+    env["EPCOMM_ENGINE"] = "host"
     return env
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from epcomm import env
-from epcomm.buffer import choose_engine
+from epcomm import env, topology
 from epcomm.cli import plot
 from epcomm.cli.blas import share_processors
 from epcomm.cli.device import array_namespace
@@ -35,6 +34,7 @@ from epcomm.cli.report import (
     describe_traffic,
 )
 from epcomm.cli.text import Shard, get_min_bytes, read_text
+from epcomm.engines import choose_engine
 from epcomm.errors import InvalidArgument, UnsupportedConfig
 from epcomm.group import Group
 
@@ -131,7 +131,8 @@ def run(args: argparse.Namespace, group: Group) -> int:
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     try:
         check_options(options, group.size)
-        engine = choose_engine(env.settings().engine)
+        settings = env.settings()
+        engine = choose_engine(settings.engine, topology.discover(group, settings).num_nodes)
         text = _load(options, group)
     except (InvalidArgument, UnsupportedConfig) as error:
         if group.rank == 0:
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace, group: Group) -> int:
     if advice and group.rank == 0 and not options.quiet:
         print(advice, flush=True)
     with array_namespace(engine, group) as xp:
-        return Demo(xp, options, group, text).run()
+        return Demo(xp, options, group, text, engine).run()
 
 
 def check_options(options: Options, num_ranks: int) -> None:
@@ -206,9 +207,12 @@ class Demo:
         options: checked options, the same on every rank.
         group: the ranks.
         text: [num_bytes] uint8, NumPy, the same on every rank.
+        engine: what `Buffer` takes as engine.
     """
 
-    def __init__(self, xp: Any, options: Options, group: Group, text: Array) -> None:
+    def __init__(
+        self, xp: Any, options: Options, group: Group, text: Array, engine: str | None = None
+    ) -> None:
         self._xp = xp
         self._options = options
         self._group = group
@@ -227,7 +231,7 @@ class Demo:
         mine = slice(group.rank * self._num_local, (group.rank + 1) * self._num_local)
         # A copy, so that the other ranks' experts can be freed.
         experts = {name: xp.array(param[mine]) for name, param in experts.items()}
-        self._exchange = EpExchange(xp, group, options.experts, options.hidden)
+        self._exchange = EpExchange(xp, group, options.experts, options.hidden, engine)
         self._model = MoeModel(xp, shape, dense, experts, self._exchange)
         self._optimizers = Adam(xp, dense), Adam(xp, experts)
         self._losses: list[float] = []

@@ -95,9 +95,12 @@ class EpExchange:
         group: the ranks.
         num_experts: experts of all ranks; a multiple of the number of ranks.
         hidden: elements of a row of float32.
+        engine: what `Buffer` takes as engine.
     """
 
-    def __init__(self, xp: Any, group: Group, num_experts: int, hidden: int) -> None:
+    def __init__(
+        self, xp: Any, group: Group, num_experts: int, hidden: int, engine: str | None = None
+    ) -> None:
         self._xp = xp
         self._num_experts = num_experts
         self._ranks = xp.arange(group.size)
@@ -105,7 +108,7 @@ class EpExchange:
         self.num_rows_to_rank = xp.zeros(group.size, xp.int64)
         self.dispatch_s = 0.0
         self.combine_s = 0.0
-        training.get_buffer(group, self.row_bytes)
+        training.get_buffer(group, self.row_bytes, engine=engine)
 
     def dispatch(self, x: Array, topk_idx: Array, topk_weights: Array) -> Routed:
         """Take each token to every rank that holds one of its experts."""

@@ -15,6 +15,10 @@ from pathlib import Path
 from epcomm import __version__, env, topology
 from epcomm.cli.launch import launched_group
 from epcomm.config import DEFAULT_MAX_TOKENS, Config
+from epcomm.engines import choose_engine, is_staged
+from epcomm.errors import UnsupportedConfig
+from epcomm.gpus import find_num_gpus
+from epcomm.topology import Topology
 
 #: Import name, the distributions that bring it, and the extra that installs it.
 _FRAMEWORKS = (
@@ -37,18 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, on rank 0 only; collective where mpiexec started ranks."""
+    group, nodes, problem = None, None, ""
     try:
-        group, ranks = launched_group(), []
+        group = launched_group()
     except (ImportError, RuntimeError) as error:  # an MPI that does not load: told of below
-        group, ranks = None, [("ranks", f"unknown: MPI does not load ({error})")]
-    ranks = ranks or list(_describe_ranks(group))
-    if group is not None and group.rank > 0:
-        return 0
+        problem = f"unknown: MPI does not load ({error})"
+    if group is not None:
+        nodes = topology.discover(group, env.settings())
+        if group.rank > 0:
+            return 0
     sections: list[tuple[str, list[Line]]] = [
         ("epcomm", [("version", __version__), ("python", sys.version.split()[0])]),
-        ("ranks", ranks),
+        ("ranks", [("ranks", problem)] if problem else list(_describe_ranks(nodes))),
         ("MPI", list(_describe_mpi())),
         ("GPUs", list(_describe_gpus())),
+        ("engine", list(_describe_engine(nodes))),
         ("frameworks", list(_describe_frameworks())),
         ("memory", list(_describe_memory())),
         ("environment", list(_describe_environment())),
@@ -60,14 +67,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_ranks(group: object) -> Iterator[Line]:
-    from epcomm.group import Group
-
-    if not isinstance(group, Group):
+def _describe_ranks(nodes: Topology | None) -> Iterator[Line]:
+    if nodes is None:
         yield "ranks", "1: not started by mpiexec (mpiexec -n 4 python -m mpi4py -m epcomm info)"
         return
-    nodes = topology.discover(group, env.settings())
-    yield "ranks", str(group.size)
+    yield "ranks", str(len(nodes.node_of_rank))
     yield "nodes", f"{nodes.num_nodes} (node of each rank: {list(nodes.node_of_rank)})"
 
 
@@ -121,6 +125,27 @@ def _describe_driver() -> Iterator[Line]:
             f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}, "
             f"{properties['totalGlobalMem'] / 2**30:.0f} GiB, peer access to {peers or 'none'}",
         )
+
+
+def _describe_engine(nodes: Topology | None) -> Iterator[Line]:
+    """Tell what a Buffer does that names neither engine nor device."""
+    wanted, num_nodes = env.settings().engine, 1 if nodes is None else nodes.num_nodes
+    try:
+        engine = choose_engine(wanted, num_nodes)
+    except UnsupportedConfig as error:
+        yield "engine", str(error)
+        return
+    means = f"auto: {engine}" if wanted == "auto" else f"{engine}, by EPCOMM_ENGINE"
+    if engine == "cuda":
+        yield "engine", f"{means}; CPU arrays need engine='host'"
+        yield "arrays", "on GPUs, which must have peer access; else engine='host', device=i"
+    elif is_staged(wanted, num_nodes, None):
+        yield "engine", f"{means}, between {num_nodes} nodes; CPU arrays need engine='host'"
+        yield "arrays", "on GPUs, staged: copied through host memory"
+    else:
+        yield "engine", means
+        staged = "; on GPU i, staged through host memory, with engine='host', device=i"
+        yield "arrays", "in CPU memory" + (staged if find_num_gpus() else "")
 
 
 def _describe_frameworks() -> Iterator[Line]:

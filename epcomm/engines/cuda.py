@@ -150,8 +150,8 @@ class CudaEngine:
         if topology.num_nodes > 1:
             raise UnsupportedConfig(
                 f"the group spans {topology.num_nodes} nodes {topology.node_of_rank}, and the cuda "
-                "engine moves rows inside one. Use one Buffer a node, or unset "
-                "EPCOMM_RANKS_PER_NODE."
+                "engine moves rows inside one. Use engine='host', device=i, which copies arrays of "
+                "GPU i through host memory; or one Buffer a node, or unset EPCOMM_RANKS_PER_NODE."
             )
         self._group = group
         self._device = device
@@ -680,11 +680,6 @@ class CudaEngine:
             self._captured.clear()
             self._room.slabs.close(is_collective)
             self._low_latency.close(is_collective)
-
-
-def current_device() -> int:
-    """Return the GPU that is current in this thread."""
-    return int(cupy.cuda.runtime.getDevice())
 
 
 def _pinned(dtype: np.dtype[Any]) -> npt.NDArray[np.void]:

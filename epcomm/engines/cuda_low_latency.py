@@ -28,7 +28,7 @@ from epcomm.engines.base import (
 )
 from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_tuning import LOW_LATENCY_GRID, low_latency_parts
-from epcomm.engines.host_low_latency import allocate_result
+from epcomm.engines.host_low_latency import allocate_result, check_combine_buffer
 from epcomm.errors import InvalidArgument, TransportError
 from epcomm.fp8 import num_scales
 from epcomm.group import Group
@@ -367,11 +367,7 @@ class CudaLowLatency:
 
     def _check_zero_copy(self, request: LowLatencyCombineRequest) -> None:
         wanted = self._combine_buffers[-1].data.ptr if self._combine_buffers else 0
-        if request.data.ptr != wanted:
-            raise InvalidArgument(
-                "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "
-                "gives now; fill that one and pass it, or pass zero_copy=False."
-            )
+        check_combine_buffer(request.data, wanted)
 
     # --- masks ---------------------------------------------------------------------------------
 

@@ -334,11 +334,7 @@ class HostLowLatency:
         fits = sections.end <= self.slab_bytes()
         slab = self._slabs.views[self._group.rank]
         wanted = view_numpy(sections.view(slab, "data")).ptr if fits else 0
-        if request.data.ptr != wanted:
-            raise InvalidArgument(
-                "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "
-                "gives now; fill that one and pass it, or pass zero_copy=False."
-            )
+        check_combine_buffer(request.data, wanted)
 
     def _sum(
         self,
@@ -425,6 +421,15 @@ class _Pick:
                 np.copyto(share, on_wire)
                 total += share
         return total
+
+
+def check_combine_buffer(data: ArrayView, wanted: int) -> None:
+    """Hold the rows of a combine with ``zero_copy`` to the address of the next combine buffer."""
+    if data.ptr != wanted:
+        raise InvalidArgument(
+            "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "
+            "gives now; fill that one and pass it, or pass zero_copy=False."
+        )
 
 
 def allocate_result(

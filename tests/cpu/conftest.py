@@ -1,12 +1,19 @@
-"""What the tests of emulated kernels share: kernels compiled for the CPU, kept from run to run."""
+"""What tests of tests/cpu share: the host engine, and kernels compiled for the CPU.
+
+Kernels are kept from run to run.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 from emulator.build import Toolchain
+
+# "auto" would be the cuda engine on a machine with GPUs. Here, before any test reads the settings.
+os.environ["EPCOMM_ENGINE"] = "host"
 
 #: How long compiled kernels are kept.
 KEPT_S = 24 * 3600

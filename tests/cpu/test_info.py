@@ -16,10 +16,12 @@ import pytest
 from launch import ROOT, Result
 
 import epcomm
-from epcomm import env
+from epcomm import engines, env
 from epcomm.cli import info
+from epcomm.topology import Topology
 
-SECTIONS = ["epcomm", "ranks", "MPI", "GPUs", "frameworks", "memory", "environment"]
+SECTIONS = ["epcomm", "ranks", "MPI", "GPUs", "engine", "frameworks", "memory"]
+SECTIONS += ["environment"]
 
 
 def run_epcomm(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +77,7 @@ def test_under_mpi_one_rank_shows_all_ranks(mpiexec: Callable[..., Result]) -> N
     found = parse(result.stdout.partition("EPCOMM-OK")[0])
     assert list(found) == SECTIONS
     assert found["ranks"] == {"ranks": "2", "nodes": "2 (node of each rank: [0, 1])"}
+    assert found["engine"] == {"engine": "host, by EPCOMM_ENGINE", "arrays": "in CPU memory"}
     assert found["environment"]["EPCOMM_RANKS_PER_NODE"].startswith("1: ")
     assert result.stdout.count("\nMPI\n") == 1
     assert found["MPI"]["mpi4py"] == metadata.version("mpi4py")
@@ -148,6 +151,35 @@ class TestGpus:
         monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None)
         text = lines_of(info._describe_gpus)["CuPy"]
         assert set(re.findall(r"epcomm\[(\w+)\]", text)) == {"cuda12", "cuda13"} <= extras()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "num_gpus", "num_nodes", "engine", "arrays"),
+    [
+        ("auto", 0, 1, "auto: host", "in CPU memory"),
+        ("auto", 0, 2, "auto: host", "in CPU memory"),
+        ("auto", 2, 1, "auto: cuda; CPU arrays need engine='host'", "on GPUs, which must have"),
+        ("auto", 2, 2, "auto: host, between 2 nodes; CPU arrays need", "on GPUs, staged: copied"),
+        ("host", 2, 1, "host, by EPCOMM_ENGINE", "in CPU memory; on GPU i, staged through"),
+        ("cuda", 2, 1, "cuda, by EPCOMM_ENGINE; CPU arrays need", "on GPUs, which must have"),
+        ("cuda", 0, 1, "engine='cuda' found no GPU", None),
+    ],
+)
+def test_engine_of_a_buffer_that_names_none(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    num_gpus: int,
+    num_nodes: int,
+    engine: str,
+    arrays: str | None,
+) -> None:
+    monkeypatch.setattr(env, "settings", lambda: env.Settings(engine=wanted))
+    monkeypatch.setattr(engines, "find_num_gpus", lambda: num_gpus)
+    monkeypatch.setattr(info, "find_num_gpus", lambda: num_gpus)
+    nodes = Topology(0, tuple(range(num_nodes)))
+    found = lines_of(lambda: info._describe_engine(nodes))
+    assert found["engine"].startswith(engine)
+    assert found.get("arrays") == arrays or found["arrays"].startswith(arrays)
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,25 +6,15 @@ on the framework, or on the engine.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from functools import cache
 
 import contract
 import pytest
+from gpus import ON_CPU, PROGRAMS, Digests, digests_in, frames, gpus_up_to, need
 from launch import Result, run_threads_of
 
-PROGRAMS = {
-    "throughput": ("contract_dispatch", "contract_buffers", "contract_training"),
-    "low-latency": ("contract_low_latency", "contract_slots"),
-}
-#: Frames, and the one on the CPU whose arrays have the same dtypes: their digests are equal.
-ON_CPU = {"cupy": "numpy", "torch-cuda": "numpy", "jax-cuda": "jax"}
-MODULES = {"cupy": "cupy", "torch-cuda": "torch", "jax-cuda": "jax"}
 TIMEOUT_S = 85.0
-
-Digests = dict[str, list[str]]
 
 
 def runs(**sizes: tuple[int, ...]) -> pytest.MarkDecorator:
@@ -38,22 +28,7 @@ def runs(**sizes: tuple[int, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("kind", "num_ranks"), params)
 
 
-frames = pytest.mark.parametrize("frame", list(ON_CPU))
 pytestmark = pytest.mark.timeout(90)
-
-
-def need(frame: str) -> None:
-    """Skip where the frame's framework is missing, or sees no GPU."""
-    module = pytest.importorskip(MODULES[frame], reason=f"{MODULES[frame]} is not installed")
-    if frame == "torch-cuda" and not module.version.cuda:
-        pytest.skip("this torch was built without CUDA")
-
-
-def digests_in(result: Result, kind: str, num_ranks: int) -> Digests:
-    """Return each program's digests by rank."""
-    found = re.findall(r"EPCOMM-DIGEST (\w+) (\d+) (\w+)", result.stdout)
-    by_key = {(name, int(rank)): digest for name, rank, digest in found}
-    return {name: [by_key[name, rank] for rank in range(num_ranks)] for name in PROGRAMS[kind]}
 
 
 @cache
@@ -66,12 +41,6 @@ def on_threads(frame: str, kind: str, num_ranks: int, num_gpus: int = 0) -> Dige
         env["CUDA_VISIBLE_DEVICES"] = gpus_up_to(num_gpus)
     result = run_threads_of("gpu_contract", num_ranks, *arguments, timeout_s=TIMEOUT_S, env=env)
     return digests_in(result, kind, num_ranks)
-
-
-def gpus_up_to(number: int) -> str:
-    """Return what makes CUDA show so many of the GPUs that it shows here."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return ",".join(shown.split(",")[:number] if shown else map(str, range(number)))
 
 
 def want(frame: str, kind: str, num_ranks: int) -> Digests:

@@ -42,7 +42,7 @@ class Checker:
     Args:
         group: What `Buffer` takes as group.
         frame: The framework of all arrays.
-        engine: The engine of all Buffers.
+        engine: The engine of all Buffers; "staged" is the host engine with the rank's GPU.
     """
 
     def __init__(self, group: Any, frame: NumpyFrame, engine: str) -> None:
@@ -59,6 +59,14 @@ class Checker:
         self._outputs = hashlib.sha256()
         self._inputs: list[tuple[str, Any, Array]] = []
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """The arguments of a Buffer that say where it works."""
+        if self.engine in ("host", "auto"):
+            return {"engine": self.engine}
+        engine = "host" if self.engine == "staged" else self.engine
+        return {"engine": engine, "device": self.frame.gpu()}
+
     def digest(self) -> str:
         """Return the digest of all outputs that were compared."""
         return self._outputs.hexdigest()
@@ -73,9 +81,7 @@ class Checker:
     @contextmanager
     def buffer(self, *args: int, **options: Any) -> Iterator[Buffer]:
         """Make a Buffer, and destroy it when all went well."""
-        options = {"engine": self.engine, "timeout_s": TIMEOUT_S} | options
-        if self.engine == "cuda":
-            options["device"] = self.frame.gpu()
+        options = {**self.place, "timeout_s": TIMEOUT_S} | options
         buffer = Buffer(self.group, *args, **options)
         yield buffer
         buffer.destroy()

@@ -93,7 +93,7 @@ def small_and_large_shapes(check: Checker) -> None:
 def size_hint_is_enough(check: Checker) -> None:
     """A Buffer of the size that the hint tells never grows."""
     shape = (48, 512, 4 * check.size)
-    hint = Buffer.get_low_latency_rdma_size_hint(48, 512, check.size, 4 * check.size)
+    hint = hint_of(check, *shape)
     with check.buffer(0, hint, low_latency_mode=True) as buffer:
         said, size = repr(buffer), size_of(buffer)
         buffer.clean_low_latency_buffer(*shape)
@@ -107,6 +107,13 @@ def size_hint_is_enough(check: Checker) -> None:
         with check.aside():  # engines differ in it
             check.equal("size of the low-latency slab", size_of(buffer), size)
             check.equal("repr of the Buffer", repr(buffer), said)
+
+
+def hint_of(check: Checker, num_max: int, hidden: int, num_experts: int) -> int:
+    """Return the size hint for the program's engine."""
+    return Buffer.get_low_latency_rdma_size_hint(
+        num_max, hidden, check.size, num_experts, engine=check.place["engine"]
+    )
 
 
 def size_of(buffer: Buffer) -> int:
@@ -193,7 +200,7 @@ def absent_rank_is_skipped(check: Checker) -> None:
     absent = check.size - 1
     # Room beforehand: a slab that grows needs every rank.
     num_experts = case.num_local * check.size
-    hint = Buffer.get_low_latency_rdma_size_hint(12, 128, check.size, num_experts)
+    hint = hint_of(check, 12, 128, num_experts)
     with check.buffer(0, hint, enable_shrink=True) as buffer:
         if check.rank != absent:
             buffer.low_latency_update_mask_buffer(absent, True)

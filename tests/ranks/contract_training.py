@@ -27,14 +27,18 @@ PAIR_CASE = Case("train-fp8", (7, 20), 64, 4, 2, "uniform", E4M3, scales=Scales(
 
 def one_buffer_a_rank(check: Checker, module: Any, small: tuple, large: tuple) -> None:
     """get_buffer keeps its Buffer until there is a reason for another."""
-    first = module.get_buffer(check.group, *small)
-    check.holds(module.get_buffer(check.group, *small) is first, "get_buffer", "made a second one")
-    larger = module.get_buffer(check.group, *large)
+
+    def get(size: tuple) -> Any:
+        return module.get_buffer(check.group, *size, **check.place)
+
+    first = get(small)
+    check.holds(get(small) is first, "get_buffer", "made a second one")
+    larger = get(large)
     check.holds(larger is not first, "get_buffer", "kept a Buffer that is too small")
     check.holds(first.is_destroyed, "get_buffer", "left the smaller Buffer open")
-    check.holds(module.get_buffer(check.group, *small) is larger, "get_buffer", "shrank the Buffer")
+    check.holds(get(small) is larger, "get_buffer", "shrank the Buffer")
     larger.destroy()
-    check.holds(not module.get_buffer(check.group, *small).is_destroyed, "get_buffer", "is closed")
+    check.holds(not get(small).is_destroyed, "get_buffer", "is closed")
 
 
 def hidden_bytes_are_told(check: Checker) -> None:
@@ -54,7 +58,8 @@ def train_step(check: Checker, case: Case, round_: int) -> None:
     topk = [inputs.topk_idx for inputs in everyone]
     weights = [inputs.topk_weights for inputs in everyone]
     x = calls.make_x(check, case, mine)
-    buffer = training.get_buffer(check.group, training.get_hidden_bytes(x))
+    hidden_bytes = training.get_hidden_bytes(x)
+    buffer = training.get_buffer(check.group, hidden_bytes, **check.place)
     recv_x, recv_idx, recv_weights, counts, handle, event = training.dispatch_forward(
         x,
         check.make("topk_idx", mine.topk_idx),
@@ -115,7 +120,8 @@ def decode_step(check: Checker, case: low_latency.Case, round_: int) -> None:
     check.case = f"case {case.id}, round {round_}"
     mine = low_latency.inputs_of(case, round_, check.rank, check.size)
     num_experts = case.num_local * check.size
-    decoding.get_buffer(check.group, case.num_max, case.hidden, num_experts)
+    shape = (case.num_max, case.hidden, num_experts)
+    decoding.get_buffer(check.group, *shape, **check.place)
     idx = check.make("topk_idx", mine.topk_idx)
     recv_x, count, handle, _, hook = decoding.low_latency_dispatch(
         check.make("x", mine.x), idx, case.num_max, num_experts
@@ -148,8 +154,8 @@ def run(group: Any, frame: NumpyFrame, engine: str) -> str:
     for case in (*TRAINING_CASES, PAIR_CASE):
         for round_ in range(2):
             train_step(check, calls.for_frame(case, frame), round_)
-    training.get_buffer(group, 64).destroy()
-    if engine == "host" and check.num_nodes == 1:
+    training.get_buffer(group, 64, **check.place).destroy()
+    if engine != "cuda" and check.num_nodes == 1:
         with check.aside():
             decode_steps(check)
     check.ranks.barrier(timeout_s=TIMEOUT_S)
@@ -165,7 +171,7 @@ def decode_steps(check: Checker) -> None:
     case = replace(case, idx_dtype=check.frame.dtype(case.idx_dtype))
     for round_ in range(3):
         decode_step(check, case, round_)
-    decoding.get_buffer(check.group, *small).destroy()
+    decoding.get_buffer(check.group, *small, **check.place).destroy()
 
 
 if __name__ == "__main__":

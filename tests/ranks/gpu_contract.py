@@ -1,6 +1,6 @@
-"""Several contract programs on the cuda engine in one start, under mpiexec or as threads.
+"""Several contract programs on arrays of GPUs in one start, under mpiexec or as threads.
 
-    gpu_contract.py FRAME [--threads N] PROGRAM...
+    gpu_contract.py FRAME [--threads N] [--engine ENGINE] PROGRAM...
 
 With ``--threads`` this one process plays all ranks. Prints each rank's digest of each program.
 """
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import warnings
 from contextlib import nullcontext
 from typing import Any
-
-os.environ["EPCOMM_ENGINE"] = "cuda"  # for Buffers that a program does not make itself
 
 from common import frame_of
 from frames import FRAMES, poisoned_outputs
@@ -28,6 +25,7 @@ def main() -> None:
     parser.add_argument("frame", choices=FRAMES)
     parser.add_argument("programs", nargs="+")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--engine", default="cuda", choices=("cuda", "staged", "auto"))
     options = parser.parse_args()
     frame = frame_of(options.frame)
     modules = {name: importlib.import_module(name) for name in options.programs}
@@ -36,10 +34,11 @@ def main() -> None:
         rank = as_group(group).rank
         frame.set_up(rank)
         lines = []
-        # Threads that share a GPU must not share its default stream.
-        with frame.own_stream() if options.threads else nullcontext():
+        # Threads that share a GPU must not share its default stream, where kernels wait for peers.
+        has_own_stream = options.threads and options.engine == "cuda"
+        with frame.own_stream() if has_own_stream else nullcontext():
             for name, module in modules.items():
-                digest = module.run(group, frame, "cuda")
+                digest = module.run(group, frame, options.engine)
                 lines.append(f"EPCOMM-DIGEST {name} {rank} {digest}\n")
         # One write, so that the lines of other ranks do not fall between.
         sys.stdout.write("".join(lines) + f"EPCOMM-OK {rank}\n")

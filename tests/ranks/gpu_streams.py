@@ -1,6 +1,6 @@
 """Rounds on a stream of the caller's, with consumers enqueued at once, and two handles in flight.
 
-    gpu_streams.py FRAME [--rounds N] [--wait-elsewhere]
+    gpu_streams.py FRAME [--rounds N] [--wait-elsewhere] [--engine ENGINE]
 
 The host waits for nothing but the counts of a dispatch: outputs are compared on the GPU, right
 behind `current_stream_wait`. With ``--wait-elsewhere`` another stream is current at that time than
@@ -134,13 +134,14 @@ def main() -> None:
     parser.add_argument("frame", choices=GPUS)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--wait-elsewhere", action="store_true")
+    parser.add_argument("--engine", default="cuda", choices=("cuda", "staged"))
     options = parser.parse_args()
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     frame = frame_of(options.frame)
     frame.set_up(comm.rank)
-    check = Checker(comm, frame, "cuda")
+    check = Checker(comm, frame, options.engine)
     with check.buffer() as buffer:
         rounds = Rounds(check, GPUS[options.frame](), buffer, options.wait_elsewhere)
         rounds.run(options.rounds)
