@@ -31,6 +31,8 @@ _FRAMEWORKS = (
 
 #: What the size of a slab is told for: bf16 rows of 7168 elements, on as many ranks as a node has.
 _ROW_BYTES, _NUM_RANKS = 14336, 8
+#: Where low-latency calls cease to be the faster ones, see "Decoding" in docs/performance.md.
+_LOW_LATENCY_TOKENS = 512
 
 Line = tuple[str, str]
 
@@ -139,6 +141,11 @@ def _describe_engine(nodes: Topology | None) -> Iterator[Line]:
     if engine == "cuda":
         yield "engine", f"{means}; CPU arrays need engine='host'"
         yield "arrays", "on GPUs, which must have peer access; else engine='host', device=i"
+        yield (
+            "decoding",
+            f"low-latency calls up to about {_LOW_LATENCY_TOKENS} tokens a rank, dispatch and "
+            "combine for more",
+        )
     elif is_staged(wanted, num_nodes, None):
         yield "engine", f"{means}, between {num_nodes} nodes; CPU arrays need engine='host'"
         yield "arrays", "on GPUs, staged: copied through host memory"

@@ -158,10 +158,22 @@ class TestGpus:
     [
         ("auto", 0, 1, "auto: host", "in CPU memory"),
         ("auto", 0, 2, "auto: host", "in CPU memory"),
-        ("auto", 2, 1, "auto: cuda; CPU arrays need engine='host'", "on GPUs, which must have"),
+        (
+            "auto",
+            2,
+            1,
+            "auto: cuda; CPU arrays need engine='host'",
+            "on GPUs, which must have peer access",
+        ),
         ("auto", 2, 2, "auto: host, between 2 nodes; CPU arrays need", "on GPUs, staged: copied"),
         ("host", 2, 1, "host, by EPCOMM_ENGINE", "in CPU memory; on GPU i, staged through"),
-        ("cuda", 2, 1, "cuda, by EPCOMM_ENGINE; CPU arrays need", "on GPUs, which must have"),
+        (
+            "cuda",
+            2,
+            1,
+            "cuda, by EPCOMM_ENGINE; CPU arrays need",
+            "on GPUs, which must have peer access",
+        ),
         ("cuda", 0, 1, "engine='cuda' found no GPU", None),
     ],
 )
@@ -180,6 +192,7 @@ def test_engine_of_a_buffer_that_names_none(
     found = lines_of(lambda: info._describe_engine(nodes))
     assert found["engine"].startswith(engine)
     assert found.get("arrays") == arrays or found["arrays"].startswith(arrays)
+    assert ("decoding" in found) == (arrays is not None and "peer access" in arrays)
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:

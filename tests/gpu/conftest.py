@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from launch import ROOT
 
 #: Name of the file to add a line to, where scripts/gpu_check started pytest.
 RESULTS = "GPU_CHECK_RESULTS"
@@ -20,7 +22,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         lines = [str(reason)]
     else:
-        lines = report.longreprtext.splitlines()
+        # Of no machine: the lines are kept with the project.
+        text = report.longreprtext.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
+        lines = text.splitlines()
     entry = {
         "name": report.nodeid,
         "outcome": report.outcome,

@@ -442,7 +442,8 @@ def poisoned_outputs(frame: NumpyFrame) -> Iterator[None]:
         import cupy
 
         # Where the memory's last user was ordered, and then waited for: the call may run elsewhere.
-        used = self.current_stream(device) if stream is None else stream
+        # JAX tells no stream; the default one will do.
+        used = (self.current_stream(device) if stream is None else stream) or 0
         if view.num_bytes:
             byte = poison_byte(view.dtype)
             cupy.cuda.runtime.memsetAsync(view.ptr, byte, view.num_bytes, used)
