@@ -8,20 +8,31 @@ access where the GPUs differ.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from epcomm.errors import EpcommError, PeerMapError, TransportError, UnsupportedConfig
+from epcomm.errors import (
+    EpcommError,
+    PeerMapError,
+    RankMismatch,
+    TransportError,
+    UnsupportedConfig,
+)
 from epcomm.group import Group
+
+#: Of this process, or of the one that it was forked from.
+_TOKEN = secrets.token_hex(8)
 
 
 @dataclass(frozen=True)
 class _Offer:
     """What a rank tells its peers of its slab."""
 
-    pid: int
+    process: tuple[int, str]
     device: int
+    num_bytes: int
     bus_id: str
     ptr: int
     handle: bytes
@@ -41,6 +52,7 @@ class CudaSlabs:
     Raises:
         TransportError: Some rank has not enough GPU memory. Every rank raises it.
         UnsupportedConfig: Two GPUs cannot reach each other. Every rank raises it.
+        RankMismatch: Ranks want slabs of different sizes. Every rank raises it.
         PeerMapError: Some rank cannot map a peer's slab. Every rank raises it.
     """
 
@@ -52,29 +64,57 @@ class CudaSlabs:
         self._timeout_s = timeout_s
         self._opened: list[int] = []
         self._own, error = _allocate(num_bytes, num_zeroed_bytes)
-        offer = _make_offer(device, self._own, error)
+        #: Address of every rank's slab, by rank.
+        self.ptrs: tuple[int, ...] = ()
+        try:
+            self._meet(_make_offer(device, num_bytes, self._own, error))
+        except EpcommError:
+            self._free()  # no call has used it, here or on a peer
+            raise
+
+    def _meet(self, offer: _Offer) -> None:
+        """Exchange offers and map the peers' slabs."""
+        group, timeout_s = self._group, self._timeout_s
         offers: list[_Offer] = group.allgather(
             offer, timeout_s=timeout_s, phase="exchanging GPU slabs"
         )
+        sizes = [each.num_bytes for each in offers]
+        if len(set(sizes)) > 1:
+            raise RankMismatch(
+                f"ranks need GPU slabs of different sizes ({sizes} bytes, by rank). Every rank "
+                "must pass the same sizes, shapes and dtypes. Nothing was sent."
+            )
         _raise_first(TransportError, [each.error for each in offers])
         unreachable = _find_unreachable(offers, group.rank)
         found = group.allgather(unreachable, timeout_s=timeout_s, phase="looking for peer access")
         _raise_first(UnsupportedConfig, found)
-        mine = offers[group.rank]
         #: Whether another rank is a thread of this process.
         self.are_threads = any(
-            offer.pid == mine.pid for rank, offer in enumerate(offers) if rank != group.rank
+            each.process == offer.process for rank, each in enumerate(offers) if rank != group.rank
         )
         #: Threads of this process that use this rank's GPU, this rank among them.
         self.num_sharing = sum(
-            (offer.pid, offer.device) == (mine.pid, mine.device) for offer in offers
+            (each.process, each.device) == (offer.process, offer.device) for each in offers
         )
-        #: Address of every rank's slab, by rank.
-        self.ptrs: tuple[int, ...] = ()
         ptrs, error = self._map_all(offers)
         errors = group.allgather(error, timeout_s=timeout_s, phase="mapping GPU slabs")
         _raise_first(PeerMapError, errors)
         self.ptrs = tuple(ptrs)
+
+    def _free(self) -> None:
+        import cupy
+
+        self._unmap()
+        own, self._own = self._own, 0
+        if own:
+            cupy.cuda.runtime.free(own)
+
+    def _unmap(self) -> None:
+        import cupy
+
+        for ptr in self._opened:
+            cupy.cuda.runtime.ipcCloseMemHandle(ptr)
+        self._opened.clear()
 
     def _map_all(self, offers: Sequence[_Offer]) -> tuple[list[int], str]:
         import cupy
@@ -83,7 +123,7 @@ class CudaSlabs:
         ptrs = []
         for peer, offer in enumerate(offers):
             try:
-                if offer.pid == os.getpid():
+                if offer.process == _process():
                     _enable_peer_access(offers[self._group.rank].device, offer.device)
                     ptrs.append(offer.ptr)
                 else:
@@ -106,20 +146,20 @@ class CudaSlabs:
             is_collective: Whether all ranks close now. If not, the own slab stays allocated until
                 the process ends: peers may still have it mapped.
         """
-        import cupy
-
-        runtime = cupy.cuda.runtime
-        for ptr in self._opened:
-            runtime.ipcCloseMemHandle(ptr)
-        self._opened.clear()
-        own, self._own = self._own, 0
+        self._unmap()
         self.ptrs = ()
-        if own and is_collective:
+        if self._own and is_collective:
             try:
                 self._group.barrier(timeout_s=self._timeout_s, phase="closing GPU slabs")
             except TransportError:
-                return  # a peer is gone or late and may still use the slab: it stays
-            runtime.free(own)
+                self._own = 0  # a peer is gone or late and may still use the slab: it stays
+        if is_collective:
+            self._free()
+
+
+def _process() -> tuple[int, str]:
+    """Return what no other process has; pids repeat where ranks have namespaces of their own."""
+    return os.getpid(), _TOKEN
 
 
 def _allocate(num_bytes: int, num_zeroed_bytes: int) -> tuple[int, str]:
@@ -140,13 +180,13 @@ def _allocate(num_bytes: int, num_zeroed_bytes: int) -> tuple[int, str]:
         )
 
 
-def _make_offer(device: int, ptr: int, error: str) -> _Offer:
+def _make_offer(device: int, num_bytes: int, ptr: int, error: str) -> _Offer:
     import cupy
 
     runtime = cupy.cuda.runtime
     handle = runtime.ipcGetMemHandle(ptr) if ptr else b""
     bus_id = runtime.deviceGetPCIBusId(device)
-    return _Offer(os.getpid(), device, bus_id, ptr, handle, error)
+    return _Offer(_process(), device, num_bytes, bus_id, ptr, handle, error)
 
 
 def _find_unreachable(offers: Sequence[_Offer], rank: int) -> str:

@@ -73,6 +73,10 @@ class LowLatencyCalls:
             num_max_dispatch_tokens_per_rank, hidden, num_experts, num_ranks
         )
         name = engine or env.settings().engine
+        if name not in env.ENGINES:
+            raise InvalidArgument(
+                f"engine is {name!r}; it must be one of {', '.join(env.ENGINES)}."
+            )
         if name == "cuda" or (name == "auto" and choose_engine(name) == "cuda"):
             return cuda_layout.low_latency_region_bytes(shape)
         return host_low_latency.region_bytes(shape)
@@ -116,7 +120,8 @@ class LowLatencyCalls:
 
         Raises:
             InvalidArgument: An argument is wrong, or two earlier hooks were not called yet.
-            RankMismatch: Ranks disagree; nothing was sent.
+            RankMismatch: Ranks disagree. On the cuda engine the next call raises it, and the
+                outputs of this one hold anything.
             CommTimeout: A rank did not take part in time.
         """
         engine = self._open()
@@ -235,7 +240,8 @@ class LowLatencyCalls:
 
         Raises:
             InvalidArgument: An argument is wrong, or two earlier hooks were not called yet.
-            RankMismatch: Ranks disagree; nothing was sent.
+            RankMismatch: Ranks disagree. On the cuda engine the next call raises it, and the
+                outputs of this one hold anything.
             CommTimeout: A rank did not take part in time.
         """
         engine = self._open()

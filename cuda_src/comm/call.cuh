@@ -202,7 +202,8 @@ __device__ inline void report_mismatch(const Call& call, u32 epoch, u32 field) {
 
 // Whether all ranks' headers agree; reports the first value in which one does not. By all lanes of
 // a warp, a value each; all headers have arrived. Every rank finds the same.
-__device__ inline bool headers_agree(const Call& call, u32 epoch) {
+// NOTE: a function of its own, so that it takes no registers of those that move rows.
+__device__ __noinline__ bool headers_agree(const Call& call, u32 epoch) {
   static_assert(kNumAgreed <= kWarpSize, "a lane a value");
   const u32 field = lane_index();
   i32 values[kNumRanks] = {};
@@ -238,14 +239,13 @@ __device__ inline bool wait_arrival(const Call& call, Phase phase, u32 epoch, u3
 
 // Counts a block in; true, for all its threads, in the block that came last.
 __device__ inline bool is_last_block(u32* counter) {
-  __shared__ u32 is_last;
+  bool is_last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
     is_last = ptx::add_acq_rel_gpu_u32(counter, 1) == gridDim.x - 1;
     if (is_last) *counter = 0;
   }
-  __syncthreads();
-  return is_last != 0;
+  return __syncthreads_or(is_last) != 0;
 }
 
 // Ends the call: the next kernel on this rank's stream has the next epoch. By all threads.

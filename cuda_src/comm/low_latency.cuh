@@ -284,6 +284,8 @@ __device__ __forceinline__ Granules granules_of(u32 num_bytes, u32 part, u32 num
 
 __device__ __forceinline__ u64 cell_of(u32 epoch, u32 word) { return (u64(epoch) << 32) | word; }
 
+static_assert(kCellTokens <= kMaxCellTokens, "a line has cells for so many rows");
+
 // Whether the rows of a rank with so many tokens cross as cells.
 __device__ __forceinline__ bool uses_cells(u32 num_tokens, u32 row_bytes) {
   return num_tokens <= kCellTokens && row_bytes <= kMaxCellRowBytes;

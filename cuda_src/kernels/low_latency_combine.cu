@@ -209,7 +209,6 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
 }
 
 // Sends parts of a source's rows. By all threads.
-// NOTE: a function of its own, as its caller needs its registers.
 __device__ __forceinline__ void send_parts(const LowLatencyCombineParams& params,
                                            const comm::Round& round, comm::Parts parts,
                                            bool are_in_cells) {
@@ -261,7 +260,8 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
   return {lane < kNumRanks && ((ranks >> lane) & 1) != 0, lane, 1.0f};
 }
 
-// The same where the rows come in cells, from the ranks of `lines`. By all threads of a group.
+// Sums a part of one of this rank's tokens whose rows come in cells, from the ranks of `lines`. By
+// all threads of a group.
 __device__ __noinline__ void sum_cells(const LowLatencyCombineParams& params,
                                        const comm::Round& round, u32 item, u32 lines) {
   constexpr u32 kBatch = 4;

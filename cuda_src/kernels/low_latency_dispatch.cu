@@ -15,7 +15,7 @@
 // comm/low_latency.cuh for the ordering.
 //
 // A source that is masked before its tables are seen gives nothing. One that dies between its table
-// and its rows leaves rows of zeros, in this call only.
+// and its rows leaves rows that are zeros in whole or in part, in this call only.
 #include "comm/choice_tables.cuh"
 #include "comm/fp8.cuh"
 #include "comm/low_latency.cuh"
@@ -344,8 +344,9 @@ __device__ __noinline__ bool find_sources(const LowLatencyDispatchParams& params
     }
     __syncthreads();
     const u32 taking_part = sources->taking_part;
-    // Another block saw a source that this one did not wait for long enough: it is there now.
-    const bool has_all = (taking_part & ~seen) == 0 && (seen & ~taking_part) == 0;
+    // Another block may have seen a source that this one did not wait for long enough: it is there
+    // now. And what came of a source that is missing was counted: not the next time.
+    const bool has_all = taking_part == seen && taking_part == wanted;
     __syncthreads();
     if (has_all) return true;
     wanted = taking_part;
@@ -507,7 +508,6 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
 }
 
 // Receives parts of a source's rows for all experts that they are for. By all threads.
-// NOTE: a function of its own, as its caller needs its registers.
 __device__ __forceinline__ void receive_parts(const LowLatencyDispatchParams& params,
                                               const comm::Round& round, comm::Parts parts,
                                               bool are_in_cells) {

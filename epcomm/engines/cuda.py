@@ -435,7 +435,7 @@ class CudaEngine:
         def is_known() -> bool:
             if int(seen) == ticket:
                 return True
-            if failure:
+            if cuda_failures.ends_call(int(failure)):
                 self._wait_call()
                 self._raise_failures()
             return False
@@ -550,6 +550,7 @@ class CudaEngine:
         _check_aligned(data, "x")
         for i, bias in enumerate(request.biases):
             _check_aligned(bias, f"bias[{i}]")
+        num_blocks = self._num_blocks(request.num_sms)
         record: _Routing = handle.routing
         num_topk = weights.shape[1] if weights is not None else 0
         row_bytes = data.shape[1] * data.dtype.itemsize
@@ -586,7 +587,7 @@ class CudaEngine:
         has_bulk = self._has_bulk and ring_bytes <= cuda_tuning.MAX_RING_BYTES
         self._launch(
             kernels.combine_spec(self._group.size, has_bulk, DTYPE_NAME[data.dtype], shape),
-            num_blocks=self._num_blocks(request.num_sms),
+            num_blocks=num_blocks,
             num_threads=shape.num_threads,
             params=params,
             shared_bytes=ring_bytes if has_bulk else 0,

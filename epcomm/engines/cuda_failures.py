@@ -33,6 +33,11 @@ _PHASES = {
 }
 
 
+def ends_call(failure: int) -> bool:
+    """Return whether a failure ends the call: bad choices are left out, and told later."""
+    return failure not in (0, _BAD_EXPERT, _EXPERT_TWICE)
+
+
 def error_in(
     record: npt.NDArray[np.void], rank: int, num_ranks: int, timeout_s: float
 ) -> EpcommError | None:

@@ -51,7 +51,10 @@ class Meeting:
             while missing():
                 left_s = end - time.monotonic()
                 if left_s <= 0:
-                    return missing()
+                    found = missing()
+                    for other in found:  # this time does not count between the two
+                        self._num_times[me, other] = self._num_times[other, me]
+                    return found
                 self._changed.wait(min(left_s, _LOOK_S))
                 group.check()
         return []

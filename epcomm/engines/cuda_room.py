@@ -42,10 +42,10 @@ class Room:
         self._use(_first_areas(group.size, num_bytes))
 
     def _use(self, areas: Areas) -> None:
-        self.areas = areas
         self.slabs = CudaSlabs(
             self._group, self._device, areas.num_bytes, areas.stage_offset, self._timeout_s
         )
+        self.areas = areas
         call = np.zeros((), cuda_params.CALL)
         slabs = call["slabs"]
         slabs["base"][: self._group.size] = self.slabs.ptrs

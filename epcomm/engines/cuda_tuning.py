@@ -20,7 +20,8 @@ _NOTE_BYTES = 8
 _COMBINE_THREADS = {1: 1024, 2: 1024, 3: 1024, 4: 1024, 5: 768}
 _MANY_RANKS_THREADS = 640
 
-#: How blocks of low-latency calls divide their work. Not measured yet.
+#: How blocks of low-latency calls divide their work. Rows of up to so many tokens cross as cells:
+#: twice the bytes, which do not count yet, and no flag.
 LOW_LATENCY_GRID = LowLatencyGrid(
     num_groups=8, group_warps=2, chunk_entries=1024, kept_entries=4096, cell_tokens=16
 )

@@ -130,6 +130,28 @@ def test_a_masked_rank_comes_back(launches: Launches) -> None:
     assert launches.num_started == 24
 
 
+def test_a_rank_that_was_late_is_in_step_again(launches: Launches) -> None:
+    """It was masked by those that waited in vain, and they by it; then all unmask each other."""
+
+    def fn(group: Group) -> None:
+        launcher = cuda_launch.PeerLauncher(group, True, 0.3)
+        if group.rank == 1:
+            time.sleep(0.6)
+        run_kernel(launcher, can_mask=True)
+        group.barrier()
+        for rank in range(2):
+            launcher.set_masked(rank, False)
+        for round_ in range(1, 4):
+            time.sleep(PAUSE_S * ((group.rank + round_) % 2))
+            launches.add_ready()
+            run_kernel(launcher, can_mask=True)
+            assert launches.num_ready >= 2 * round_
+            assert launches.num_started >= 2 + 2 * round_
+            group.barrier()
+
+    run_threads(fn, 2)
+
+
 def test_a_rank_that_raises_ends_the_others_waits(launches: Launches) -> None:
     def fn(group: Group) -> None:
         launcher = cuda_launch.PeerLauncher(group, True, 30.0)

@@ -212,6 +212,11 @@ STATIC = [
         *("num_max_dispatch_tokens_per_rank is 0", "at least 1"),
     ),
     refused(
+        "ll-hint-engine",
+        lambda r: Buffer.get_low_latency_rdma_size_hint(MAX, H, 2, E, engine="gpu"),
+        *("engine is 'gpu'", "auto, host, cuda"),
+    ),
+    refused(
         "ll-hint-hidden",
         lambda r: Buffer.get_low_latency_rdma_size_hint(MAX, 0, 2, E),
         *("hidden is 0", "at least 1"),

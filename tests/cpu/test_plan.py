@@ -324,7 +324,8 @@ class TestMemory:
         job = Job(1, 4, 4096, 7168, 8, 256, dtype="fp8")
         memory = cost.make_plan(job, Rates()).memory
         # 56 scales, 8 choices and 8 weights travel with a row; 8 weights with one of combine.
-        areas = areas_for(4, 4096, 7168 + 4 * (56 + 8 + 8), 14336 + 4 * 8)
+        staged = -(-(7168 + 4 * (56 + 8 + 8)) // 128) * 128  # whole lines
+        areas = areas_for(4, 4096, staged, 14336 + 4 * 8)
         assert memory.slab_bytes == areas.num_bytes
         assert memory.hint_bytes == Config().get_nvl_buffer_size_hint(14336, 4, num_max_tokens=4096)
         assert memory.hint_bytes >= memory.slab_bytes

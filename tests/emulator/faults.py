@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         "call: the last block does not wait for its threads",
         _CALL,
-        "  __shared__ u32 is_last;\n  __syncthreads();\n",
-        "  __shared__ u32 is_last;\n",
+        "  bool is_last = false;\n  __syncthreads();\n",
+        "  bool is_last = false;\n",
         WATCHED,
     ),
     Fault(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from launch import ROOT
 
+#: Lines of Open MPI that begin with a host's name.
+_OF_A_HOST = re.compile(r"\[\S+:\d+\]")
 #: Name of the file to add a line to, where scripts/gpu_check started pytest.
 RESULTS = "GPU_CHECK_RESULTS"
 
@@ -24,7 +27,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     else:
         # Of no machine: the lines are kept with the project.
         text = report.longreprtext.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
-        lines = text.splitlines()
+        lines = [line for line in text.splitlines() if not _OF_A_HOST.search(line)]
     entry = {
         "name": report.nodeid,
         "outcome": report.outcome,

@@ -22,7 +22,7 @@ def first_loss(result: Result) -> float:
 @on_gpus(1, 2, 3, 4)
 def test_demo_agrees_with_its_reference(mpiexec: Callable[..., Result], num_ranks: int) -> None:
     arguments = ("demo_check", num_ranks, *SMALL.split())
-    on_gpus = mpiexec(*arguments, timeout_s=110, env={"EPCOMM_ENGINE": "cuda"})
-    on_host = mpiexec(*arguments, timeout_s=60, env={"EPCOMM_ENGINE": "host"})
-    assert "check passed: " in on_gpus.stdout
-    assert first_loss(on_gpus) == pytest.approx(first_loss(on_host), abs=0.002)
+    with_cuda = mpiexec(*arguments, timeout_s=110, env={"EPCOMM_ENGINE": "cuda"})
+    with_host = mpiexec(*arguments, timeout_s=60, env={"EPCOMM_ENGINE": "host"})
+    assert "check passed: " in with_cuda.stdout
+    assert first_loss(with_cuda) == pytest.approx(first_loss(with_host), abs=0.002)

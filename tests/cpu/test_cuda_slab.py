@@ -1,0 +1,90 @@
+"""GPU slabs, as far as no GPU is needed: what ranks agree on, and what is left after a failure."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from epcomm import RankMismatch, TransportError, run_threads
+from epcomm.cuda_slab import CudaSlabs
+from epcomm.group import Group
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+
+LARGEST = 4096
+
+
+class FakeRuntime:
+    """Stands in for CUDA's: two GPUs that reach each other, and memory that is counted."""
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = 0x1000
+        self.allocated: set[int] = set()
+
+    def malloc(self, num_bytes: int) -> int:
+        if num_bytes > LARGEST:
+            raise self.CUDARuntimeError("out of memory")
+        with self._lock:
+            self._next += 0x10000
+            self.allocated.add(self._next)
+            return self._next
+
+    def free(self, ptr: int) -> None:
+        with self._lock:
+            self.allocated.remove(ptr)
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "memGetInfo": (1 << 20, 1 << 30),
+            "ipcGetMemHandle": b"handle",
+            "deviceGetPCIBusId": "0000:00:00.0",
+            "deviceGetByPCIBusId": 0,
+            "deviceCanAccessPeer": 1,
+        }
+        return lambda *args: answers.get(name)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    made = FakeRuntime()
+    monkeypatch.setattr(cupy, "cuda", SimpleNamespace(runtime=made))
+    return made
+
+
+def test_slabs_of_different_sizes_are_refused_on_all_ranks(runtime: FakeRuntime) -> None:
+    def fn(group: Group) -> None:
+        with pytest.raises(RankMismatch, match=r"\[256, 512, 256\] bytes, by rank"):
+            CudaSlabs(group, 0, 512 if group.rank == 1 else 256, 64, 10.0)
+
+    run_threads(fn, 3)
+    assert not runtime.allocated
+
+
+def test_too_little_memory_leaves_nothing_behind(runtime: FakeRuntime) -> None:
+    def fn(group: Group) -> None:
+        with pytest.raises(TransportError, match="no room for a GPU slab"):
+            CudaSlabs(group, 0, LARGEST + 1, 64, 10.0)
+
+    run_threads(fn, 2)
+    assert not runtime.allocated
+
+
+def test_threads_see_each_other_and_free_what_they_had(runtime: FakeRuntime) -> None:
+    def fn(group: Group) -> None:
+        slabs = CudaSlabs(group, group.rank % 2, 256, 64, 10.0)
+        assert len(set(slabs.ptrs)) == 3
+        assert slabs.are_threads
+        assert slabs.num_sharing == (1 if group.rank == 1 else 2)
+        assert len(runtime.allocated) == 3
+        slabs.close(is_collective=True)
+        slabs.close(is_collective=True)
+
+    run_threads(fn, 3)
+    assert not runtime.allocated
