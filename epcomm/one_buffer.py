@@ -37,8 +37,8 @@ class OneBuffer:
     ) -> Buffer:
         """Return the rank's Buffer; collective where one has to be made.
 
-        A new one is made when there is none, it was destroyed, the group, the engine or the device
-        changed, or it is too small.
+        A new one is made when there is none, it was destroyed, the group, or what was passed as
+        engine or device, changed, or it is too small.
 
         Args:
             group: What `Buffer` takes as group.
