@@ -28,7 +28,7 @@ from epcomm.engines.base import (
 )
 from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_tuning import LOW_LATENCY_GRID, low_latency_parts
-from epcomm.engines.host_low_latency import allocate_result, check_combine_buffer
+from epcomm.engines.low_latency_arrays import allocate_result, check_combine_buffer
 from epcomm.errors import InvalidArgument, TransportError
 from epcomm.fp8 import num_scales
 from epcomm.group import Group

@@ -12,13 +12,14 @@ from epcomm.arrays import BFLOAT16, ArrayView, view_numpy
 from epcomm.board import LOW_LATENCY_RECEIVED, LOW_LATENCY_SENT, Board, define_call
 from epcomm.engines.base import (
     MAX_LOW_LATENCY_TOPK,
-    CombinePrecision,
     Fp8Format,
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     LowLatencyDispatchResult,
     LowLatencyShape,
 )
+from epcomm.engines.host_sums import sum_tokens
+from epcomm.engines.low_latency_arrays import allocate_result, check_combine_buffer
 from epcomm.engines.scratch import Scratch
 from epcomm.engines.sections import Sections, as_rows, gather_rows
 from epcomm.errors import InvalidArgument, TransportError
@@ -30,10 +31,6 @@ _SHAPE = ("num_max_dispatch_tokens_per_rank", "hidden", "num_experts", "num_topk
 _DISPATCH = define_call("low_latency_dispatch", (*_SHAPE, "fp8_format"), ("num_tokens",))
 _COMBINE = define_call("low_latency_combine", (*_SHAPE, "combine_precision"))
 
-#: The rows that a rank stages for combine, ``[num_local, num_recv_rows, hidden]``, and its ranges.
-_Staged = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
-
-_FLOAT32 = np.dtype(np.float32)
 _NUM_SLOTS = 2
 _CHUNK_TOKENS = 64
 
@@ -304,7 +301,8 @@ class HostLowLatency:
             views = [
                 (sections.view(slab, "data"), sections.view(slab, "layout_range")) for slab in slabs
             ]
-            self._sum(request, idx, views)
+            me, masked = self._group.rank, self._board.masked
+            sum_tokens(request, idx, me, views, masked, self._scratch)
 
         return self._receiver(call, name, request.wait_stats, work)
 
@@ -336,122 +334,6 @@ class HostLowLatency:
         wanted = view_numpy(sections.view(slab, "data")).ptr if fits else 0
         check_combine_buffer(request.data, wanted)
 
-    def _sum(
-        self,
-        request: LowLatencyCombineRequest,
-        idx: npt.NDArray[np.int64],
-        sources: Sequence[_Staged],
-    ) -> None:
-        """Sum every token's rows, weighted, in fp32; round once."""
-        shape = request.shape
-        weights, out = request.topk_weights.numpy(), request.out.numpy()
-        rank_of = np.where(idx < 0, -1, idx // shape.num_local_experts)
-        rank_of[np.isin(rank_of, np.flatnonzero(self._board.masked))] = -1
-        row_of = _rows_at_experts(idx, shape, self._group.rank, sources, rank_of)
-        for begin in range(0, len(idx), _CHUNK_TOKENS):
-            part = slice(begin, min(begin + _CHUNK_TOKENS, len(idx)))
-            pick = _Pick(
-                rank_of[part], row_of[part], weights[part], sources, shape.hidden, self._scratch
-            )
-            by_rank = request.precision is CombinePrecision.RANK
-            # Infinities and NaNs are the caller's own values, as on a GPU: no warnings.
-            with np.errstate(all="ignore"):
-                out[part] = pick.sum_by_rank() if by_rank else pick.sum_by_choice()
-
-
-class _Pick:
-    """A few tokens' choices, and the rows that they name."""
-
-    def __init__(
-        self,
-        rank_of: npt.NDArray[np.int64],
-        row_of: npt.NDArray[np.int64],
-        weights: npt.NDArray[np.float32],
-        sources: Sequence[_Staged],
-        hidden: int,
-        scratch: Scratch,
-    ) -> None:
-        self._rank_of, self._row_of, self._weights = rank_of, row_of, weights
-        self._sources = sources
-        self._hidden = hidden
-        self._scratch = scratch
-
-    def _take(self, name: str, num_rows: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        return self._scratch.take(name, (num_rows, self._hidden), dtype)
-
-    def _zeros(self, name: str) -> npt.NDArray[np.float32]:
-        zeros = self._take(name, len(self._rank_of), _FLOAT32)
-        zeros[...] = 0.0
-        return zeros
-
-    def _add(self, total: npt.NDArray[np.float32], rank: int, choice: int) -> bool:
-        """Add the weighted rows of one choice that lie on one rank; tell whether there are any."""
-        tokens = np.flatnonzero(self._rank_of[:, choice] == rank)
-        if not len(tokens):
-            return False
-        rows = self._take("choice rows", len(tokens), BFLOAT16)
-        weighted = self._take("choice sums", len(tokens), _FLOAT32)
-        before = self._take("choice sums before", len(tokens), _FLOAT32)
-        source = self._sources[rank][0].reshape(-1, self._hidden)
-        gather_rows(as_rows(source), self._row_of[tokens, choice], as_rows(rows))
-        np.copyto(weighted, rows)
-        weighted *= self._weights[tokens, choice, None]
-        np.take(total, tokens, axis=0, out=before, mode="clip")
-        weighted += before
-        total[tokens] = weighted
-        return True
-
-    def sum_by_choice(self) -> npt.NDArray[np.float32]:
-        """Sum over the choices, ascending."""
-        total = self._zeros("token sums")
-        for choice in range(self._rank_of.shape[1]):
-            for rank in range(len(self._sources)):
-                self._add(total, rank, choice)
-        return total
-
-    def sum_by_rank(self) -> npt.NDArray[np.float32]:
-        """Sum each rank's choices, round that to bf16 as the wire does, and sum the ranks."""
-        total = self._zeros("token sums")
-        on_wire = self._take("wire rows", len(total), BFLOAT16)
-        for rank in range(len(self._sources)):
-            share = self._zeros("rank sums")
-            found = [self._add(share, rank, k) for k in range(self._rank_of.shape[1])]
-            if any(found):
-                np.copyto(on_wire, share, casting="unsafe")
-                np.copyto(share, on_wire)
-                total += share
-        return total
-
-
-def check_combine_buffer(data: ArrayView, wanted: int) -> None:
-    """Hold the rows of a combine with ``zero_copy`` to the address of the next combine buffer."""
-    if data.ptr != wanted:
-        raise InvalidArgument(
-            "zero_copy=True, but x is not the buffer that get_next_low_latency_combine_buffer "
-            "gives now; fill that one and pass it, or pass zero_copy=False."
-        )
-
-
-def allocate_result(
-    request: LowLatencyDispatchRequest,
-) -> tuple[dict[str, ArrayView], ArrayView | None]:
-    """Make the outputs of a dispatch, and its scales where there are any."""
-    shape, fp8 = request.shape, request.fp8
-    num_local, num_rows = shape.num_local_experts, shape.num_recv_rows
-    int32, int64 = np.dtype(np.int32), np.dtype(np.int64)
-    scales = None
-    if fp8 is not Fp8Format.NONE:
-        # Stored with the row dimension innermost, as grouped matrix products want it.
-        stored = (num_local, num_scales(fp8, shape.hidden), num_rows)
-        scales = request.allocate(stored, scales_dtype(fp8))
-    result = {
-        "data": request.allocate((num_local, num_rows, shape.hidden), data_dtype(fp8)),
-        "recv_count": request.allocate((num_local,), int32),
-        "src_info": request.allocate((num_local, num_rows), int32),
-        "layout_range": request.allocate((num_local, shape.num_ranks), int64),
-    }
-    return result, scales
-
 
 def _tokens_by_expert(
     idx: npt.NDArray[np.int64], first_expert: int, num_local: int
@@ -463,29 +345,6 @@ def _tokens_by_expert(
     ends = np.cumsum(np.bincount(experts, minlength=num_local))
     parts = np.split(tokens[order], ends[:-1])
     return [(expert, part) for expert, part in enumerate(parts) if len(part)]
-
-
-def _rows_at_experts(
-    idx: npt.NDArray[np.int64],
-    shape: LowLatencyShape,
-    rank: int,
-    sources: Sequence[_Staged],
-    rank_of: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int64]:
-    """Return the row of every choice in its expert rank's ``[num_local * num_recv_rows]``."""
-    begin = np.zeros(shape.num_experts, np.int64)
-    for peer, source in enumerate(sources):
-        at = slice(peer * shape.num_local_experts, (peer + 1) * shape.num_local_experts)
-        begin[at] = source[1][:, rank] >> 32
-    # The n-th of this rank's tokens that choose an expert has the n-th of its rows there.
-    flat = idx.ravel()
-    order = np.argsort(flat, kind="stable")
-    ordered = flat[order]
-    within = np.empty_like(flat)
-    within[order] = np.arange(len(flat)) - np.searchsorted(ordered, ordered)
-    local = np.maximum(idx, 0) % shape.num_local_experts
-    rows = local * shape.num_recv_rows + begin[np.maximum(idx, 0)] + within.reshape(idx.shape)
-    return np.where(rank_of < 0, 0, rows)
 
 
 def _shape_values(shape: LowLatencyShape, num_topk: int) -> dict[str, int]:

@@ -35,7 +35,7 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
-from epcomm.engines.host_low_latency import allocate_result, check_combine_buffer
+from epcomm.engines.low_latency_arrays import allocate_result, check_combine_buffer
 from epcomm.errors import UnsupportedConfig
 
 #: An array on the GPU, and the memory of the host that stands for it.

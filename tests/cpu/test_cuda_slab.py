@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from epcomm import RankMismatch, TransportError, run_threads
+from epcomm import RankMismatch, TransportError, cuda_slab, run_threads
+from epcomm.cuda_layout import areas_for
 from epcomm.cuda_slab import CudaSlabs
 from epcomm.group import Group
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
-LARGEST = 4096
+LARGEST = 32 * 2**20
 
 
 class FakeRuntime:
@@ -47,6 +48,7 @@ class FakeRuntime:
             "deviceGetPCIBusId": "0000:00:00.0",
             "deviceGetByPCIBusId": 0,
             "deviceCanAccessPeer": 1,
+            "ipcOpenMemHandle": 7,
         }
         return lambda *args: answers.get(name)
 
@@ -88,3 +90,38 @@ def test_threads_see_each_other_and_free_what_they_had(runtime: FakeRuntime) -> 
 
     run_threads(fn, 3)
     assert not runtime.allocated
+
+
+def test_processes_of_equal_pids_are_told_apart(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_slab, "_process", lambda: (1, threading.current_thread().name))
+
+    def fn(group: Group) -> None:
+        slabs = CudaSlabs(group, 0, 256, 64, 10.0)
+        assert not slabs.are_threads
+        assert slabs.num_sharing == 1
+        assert slabs.ptrs.count(7) == 1  # the peer's, opened
+
+    run_threads(fn, 2)
+
+
+def test_a_growth_that_fails_changes_nothing(runtime: FakeRuntime) -> None:
+    from epcomm.engines.cuda_room import Room
+
+    def fn(group: Group) -> None:
+        room = Room(group, 0, 0, state=1, record=2, timeout_s=10.0)
+        before = room.areas, room.slabs, room.call
+        needed = areas_for(group.size, 8192, 14336, 0)
+        with pytest.raises(TransportError, match="no room for a GPU slab"):
+            room.grow(needed)
+        assert (room.areas, room.slabs, room.call) == before
+        assert not room.areas.has_room_for(needed)
+        small = areas_for(group.size, 64, 4096, 0)
+        room.grow(small)
+        assert room.areas.has_room_for(small)
+        assert room.slabs.num_bytes == room.areas.num_bytes
+        assert room.call != before[2]
+
+    run_threads(fn, 2)
+    assert len(runtime.allocated) == 2

@@ -326,8 +326,30 @@ def test_rows_that_never_come_are_zeros(world: World) -> None:
         assert world.ranks[rank].masks[_LAST] == 1
 
 
-def write_table(world: World, peer: Rank, topk_idx: np.ndarray) -> None:
-    """Write the last rank's header and table for the first call into a peer's slab."""
+def test_half_a_table_of_a_rank_that_died_is_not_counted(world: World) -> None:
+    inputs = [make_inputs(_CASE, 0, rank, 7) for rank in range(_CASE.num_ranks)]
+    for rank in world.ranks:
+        rank.can_mask, rank.timeout_s = True, 0.3
+    received = {}
+
+    def dispatch(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        if rank.rank != _LAST:
+            received[rank.rank], _ = rank.dispatch(_CASE, own.rows, own.topk_idx)
+            return
+        for peer in world.ranks[:_LAST]:
+            write_table(world, peer, own.topk_idx, num_entries=own.topk_idx.size - 1)
+
+    world.run(dispatch)
+    for rank in range(_LAST):
+        check_received(_CASE, rank, received[rank], inputs, [_LAST])
+        assert world.ranks[rank].masks[_LAST] == 1
+
+
+def write_table(
+    world: World, peer: Rank, topk_idx: np.ndarray, num_entries: int | None = None
+) -> None:
+    """Write the last rank's header and table for the first call, or part of it, into a slab."""
     from epcomm.cuda_layout import low_latency_constants
 
     offsets, epoch = low_latency_constants(world.num_ranks), 1
@@ -338,7 +360,7 @@ def write_table(world: World, peer: Rank, topk_idx: np.ndarray) -> None:
     entries = offsets["kMaxLowLatencyTokens"] * offsets["kMaxLowLatencyTopk"] * 2
     begin = offsets["kOffsetLowLatencyTables"] // 8
     begin += (epoch % 2 * world.num_ranks + _LAST) * entries
-    flat = topk_idx.ravel().astype(np.int64) & 0xFFFFFFFF
+    flat = topk_idx.ravel()[:num_entries].astype(np.int64) & 0xFFFFFFFF
     cells[begin : begin + 2 * flat.size : 2] = (np.uint64(epoch) << 32) | flat.astype(np.uint64)
 
 
