@@ -227,6 +227,12 @@ def test_low_latency_hint_is_enough(
     run_threads(fn, num_ranks)
 
 
+def test_low_latency_hint_of_the_cuda_engine_has_room_for_all_choices() -> None:
+    """By expert each of 32 choices has a line, also where most are -1 as there are few experts."""
+    hint = Buffer.get_low_latency_rdma_size_hint(48, 512, 1, 4, engine="cuda")
+    assert hint == 2 * 32 * 48 * 512 * 2
+
+
 def test_low_latency_hint_is_not_far_too_much() -> None:
     """Two or three slots, each as large as the larger of what dispatch and combine stage."""
     most, hidden, num_ranks, experts = 128, 7168, 8, 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,12 @@ def test_threads_see_each_other_and_free_what_they_had(runtime: FakeRuntime) -> 
 
     run_threads(fn, 3)
     assert not runtime.allocated
+
+
+def test_a_process_has_more_than_its_pid() -> None:
+    pid, token = cuda_slab._process()
+    assert pid == os.getpid()
+    assert len(token) == 16
 
 
 def test_processes_of_equal_pids_are_told_apart(

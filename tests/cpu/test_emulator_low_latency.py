@@ -303,9 +303,12 @@ def test_a_rank_that_is_gone_before_combine_is_masked(world: World) -> None:
     assert world.ranks[0].masks.tolist() == [0, 0, 1]
 
 
-def test_rows_that_never_come_are_zeros(world: World) -> None:
+@pytest.mark.parametrize("num_last", [5, 3], ids=["flags", "cells"])
+def test_rows_that_never_come_are_zeros(world: World, num_last: int) -> None:
     """A rank that died between its table and its rows: the others mask it and go on."""
-    inputs = [make_inputs(_CASE, 0, rank, 7) for rank in range(_CASE.num_ranks)]
+    case = replace(_CASE, num_tokens=(*_CASE.num_tokens[:_LAST], num_last))
+    assert (num_last <= case.grid.cell_tokens) == (num_last == 3)
+    inputs = [make_inputs(case, 0, rank, 7) for rank in range(case.num_ranks)]
     for rank in world.ranks:
         rank.can_mask, rank.timeout_s = True, 0.3
     received = {}
@@ -313,7 +316,7 @@ def test_rows_that_never_come_are_zeros(world: World) -> None:
     def dispatch(rank: Rank) -> None:
         own = inputs[rank.rank]
         if rank.rank != _LAST:
-            received[rank.rank], _ = rank.dispatch(_CASE, own.rows, own.topk_idx)
+            received[rank.rank], _ = rank.dispatch(case, own.rows, own.topk_idx)
             return
         # The table alone: its tokens' rows go nowhere, as it has masked the others by then.
         for peer in world.ranks[:_LAST]:
@@ -322,7 +325,7 @@ def test_rows_that_never_come_are_zeros(world: World) -> None:
     world.run(dispatch)
     blank = replace(inputs[_LAST], rows=np.zeros_like(inputs[_LAST].rows))
     for rank in range(_LAST):
-        check_received(_CASE, rank, received[rank], [*inputs[:_LAST], blank])
+        check_received(case, rank, received[rank], [*inputs[:_LAST], blank])
         assert world.ranks[rank].masks[_LAST] == 1
 
 
