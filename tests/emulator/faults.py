@@ -59,6 +59,8 @@ _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernel
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
+_LL_SEND = "kernels/low_latency_dispatch_send.cuh"
+_LL_RECEIVE = "kernels/low_latency_dispatch_receive.cuh"
 _LL_COMBINE = "kernels/low_latency_combine.cu"
 
 FAULTS = (
@@ -341,14 +343,14 @@ FAULTS = (
     ),
     Fault(
         "low-latency dispatch: a flag is raised before all lanes have written",
-        _LL_DISPATCH,
+        _LL_SEND,
         "    comm::group_barrier();\n",
         "",
         "three ranks, odd rows",
     ),
     Fault(
         "low-latency dispatch: a flag without release",
-        _LL_DISPATCH,
+        _LL_SEND,
         "ptx::st_release_sys_u32("
         "slab::flags(call.slabs, lane_index(), round.slot, call.rank) + item,\n"
         "                              round.epoch);",
@@ -357,14 +359,14 @@ FAULTS = (
     ),
     Fault(
         "low-latency dispatch: rows are not waited for",
-        _LL_DISPATCH,
+        _LL_RECEIVE,
         "comm::await_part(call, round, part.source, part.source, part.item());",
         "comm::Outcome::kArrived;",
         "two ranks, fp8",
     ),
     Fault(
         "low-latency dispatch: parts wait for the first part's flag",
-        _LL_DISPATCH,
+        _LL_RECEIVE,
         "part.source, part.source, part.item());",
         "part.source, part.source, part.token * part.num_parts);",
         "three ranks, packed",
@@ -378,7 +380,7 @@ FAULTS = (
     ),
     Fault(
         "low-latency dispatch: one place behind the rows is not marked",
-        _LL_DISPATCH,
+        _LL_RECEIVE,
         "row = end + threadIdx.x;",
         "row = end + 1 + threadIdx.x;",
         "two ranks, bf16",
@@ -442,7 +444,7 @@ FAULTS = (
     ),
     Fault(
         "low-latency dispatch: a row's scales are not waited for",
-        _LL_DISPATCH,
+        _LL_RECEIVE,
         "comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);",
         "comm::Awaited{comm::Outcome::kArrived, static_cast<u32>(*cell)};",
         "eight ranks",

@@ -1,0 +1,290 @@
+// Receiving of low_latency_dispatch.cu: who takes part, counts, and rows for the experts.
+#pragma once
+
+#include "comm/choice_tables.cuh"
+#include "comm/low_latency.cuh"
+#include "common/types.cuh"
+#include "kernels/low_latency_dispatch_rows.cuh"
+
+namespace epcomm {
+
+// Whether a source takes part in this call: the first block to know says so, and all follow.
+__device__ inline bool decide(const comm::LowLatencyCall& call, u32 epoch, u32 source,
+                              bool is_here) {
+  u64* verdict = &call.state->verdicts[source];
+  u64 before = *static_cast<volatile u64*>(verdict);
+  while (static_cast<u32>(before >> 32) != epoch) {
+    const u64 found = atomicCAS(verdict, before, comm::cell_of(epoch, is_here));
+    if (found == before) return is_here;
+    before = found;
+  }
+  return (before & 1) != 0;
+}
+
+// In shared memory.
+struct Sources {
+  comm::LowLatencyShape headers[kNumRanks];
+  comm::Arrivals arrivals;
+  u32 taking_part;  // as bits
+  u32 num_entries;
+  u16 kept[kKeptEntries];  // all sources' choices, where they are no more
+};
+
+// Counts the rows of some sources, those whose tables arrive, for each local expert. By all
+// threads; false, to all of them, where the call has failed.
+__device__ inline bool count_rows(const LowLatencyDispatchParams& params, const comm::Round& round,
+                                  u32 wanted, Sources* sources, u32* counts) {
+  const comm::LowLatencyCall& call = params.call;
+  const u32 num_local = num_local_experts(call), num_topk = call.shape.num_topk;
+  comm::Arrivals* arrivals = &sources->arrivals;
+  for (u32 i = threadIdx.x; i < kNumRanks * num_local; i += blockDim.x) counts[i] = 0;
+  if (threadIdx.x == 0) *arrivals = {~wanted, 0};
+  __syncthreads();
+  if (!comm::read_headers(call, round, wanted, sources->headers, arrivals)) return false;
+  u32 ends[kNumRanks], end = 0;
+#pragma unroll
+  for (u32 source = 0; source < kNumRanks; ++source) {
+    end += sources->headers[source].num_tokens * num_topk;
+    ends[source] = end;
+  }
+  if (threadIdx.x == 0) sources->num_entries = end;
+  auto source_of = [&ends](u32 i, u32* begin) {
+    u32 source = 0;
+    *begin = 0;
+#pragma unroll
+    for (u32 s = 0; s + 1 < kNumRanks; ++s) {
+      if (i >= ends[s]) {
+        source = s + 1;
+        *begin = ends[s];
+      }
+    }
+    return source;
+  };
+  comm::read_entries<false>(
+      call, round, 0, end, arrivals,
+      [&](u32 i, u32* whose) {
+        u32 begin;
+        *whose = source_of(i, &begin);
+        return slab::table(call.slabs, call.rank, round.slot, *whose) +
+               (i - begin) * slab::kEntryWords;
+      },
+      [&](u32 i, i32 expert, u32) {
+        const u32 local = static_cast<u32>(expert) - call.rank * num_local;
+        const bool is_here = expert >= 0 && local < num_local;
+        if (i < kKeptEntries) sources->kept[i] = is_here ? static_cast<u16>(local) : comm::kNotHere;
+        if (!is_here) return;
+        u32 begin;
+        atomicAdd(&counts[source_of(i, &begin) * num_local + local], 1u);
+      });
+  __syncthreads();
+  return arrivals->has_failed == 0;
+}
+
+// Finds the sources that take part, and counts their rows. By all threads; false, to all of them,
+// where the call has failed.
+__device__ __noinline__ bool find_sources(const LowLatencyDispatchParams& params,
+                                          const comm::Round& round, Sources* sources, u32* counts) {
+  const comm::LowLatencyCall& call = params.call;
+  constexpr u32 kAll = (1u << kNumRanks) - 1;
+  u32 wanted = kAll & ~round.masked;
+  while (true) {
+    if (!count_rows(params, round, wanted, sources, counts)) return false;
+    const u32 seen = kAll & ~sources->arrivals.missing;
+    if (!call.can_mask) return true;
+    if (warp_index() == 0) {
+      const u32 source = lane_index();
+      bool takes_part = false;
+      if (source < kNumRanks) {
+        takes_part = decide(call, round.epoch, source, (seen >> source) & 1);
+        if (!takes_part && source != call.rank) comm::mask(call, source);
+      }
+      const u32 bits = __ballot_sync(kFullWarp, takes_part);
+      if (source == 0) sources->taking_part = bits;
+    }
+    __syncthreads();
+    const u32 taking_part = sources->taking_part;
+    // Another block may have seen a source that this one did not wait for long enough: it is there
+    // now. And what came of a source that is missing was counted: not the next time.
+    const bool has_all = taking_part == seen && taking_part == wanted;
+    __syncthreads();
+    if (has_all) return true;
+    wanted = taking_part;
+  }
+}
+
+// Tells how many rows every expert got, and from whom. By all threads of a block.
+__device__ inline void write_counts(const LowLatencyDispatchParams& params, const u32* counts) {
+  const u32 num_local = num_local_experts(params.call);
+  for (u32 expert = threadIdx.x; expert < num_local; expert += blockDim.x) {
+    u32 begin = 0;
+    for (u32 source = 0; source < kNumRanks; ++source) {
+      const u32 count = counts[source * num_local + expert];
+      params.layout_range[expert * kNumRanks + source] =
+          static_cast<i64>(comm::cell_of(begin, count));
+      begin += count;
+    }
+    params.recv_count[expert] = static_cast<i32>(begin);
+    if (params.recv_stats != nullptr) params.recv_stats[expert] += static_cast<i32>(begin);
+  }
+}
+
+// Marks the places behind every expert's rows. By all threads.
+__device__ inline void fill_tails(const LowLatencyDispatchParams& params, const u32* counts) {
+  const u32 num_local = num_local_experts(params.call);
+  const u32 num_rows = comm::num_recv_rows(params.call);
+  for (u32 expert = blockIdx.x; expert < num_local; expert += gridDim.x) {
+    u32 end = 0;
+    for (u32 source = 0; source < kNumRanks; ++source) end += counts[source * num_local + expert];
+    for (u32 row = end + threadIdx.x; row < num_rows; row += blockDim.x) {
+      params.src_info[u64(expert) * num_rows + row] = -1;
+    }
+  }
+}
+
+// Writes a vector of a row's values to all experts that it is for.
+__device__ __forceinline__ void give_values(const LowLatencyDispatchParams& params,
+                                            const comm::Part& part, u32 at, const Vec16& v) {
+  const u64 num_rows = comm::num_recv_rows(params.call), row_bytes = data_bytes(params);
+  for (u32 i = 0; i < part.num_choices; ++i) {
+    const comm::Choice& choice = part.choices[i];
+    u8* to = params.recv_rows + (choice.expert * num_rows + choice.row) * row_bytes;
+    ptx::st_no_allocate_vec16(to + at, v);
+  }
+}
+
+// The same with a word of its scales.
+__device__ __forceinline__ void give_scale(const LowLatencyDispatchParams& params,
+                                           const comm::Part& part, u32 index, u32 scale) {
+  const u64 num_rows = comm::num_recv_rows(params.call);
+  for (u32 i = 0; i < part.num_choices; ++i) {
+    const comm::Choice& choice = part.choices[i];
+    const u64 line = u64(choice.expert) * params.num_scales + index;
+    params.recv_scales[line * num_rows + choice.row] = scale;
+  }
+}
+
+// What a thread of a group has of a part: vectors from first on, kStep apart, and words of scales.
+struct Share {
+  static constexpr u32 kStep = kGroupWarps * comm::kGranuleBytes;
+  u32 first;
+  u32 end;
+  u32 first_scale;
+  u32 end_scale;
+};
+
+__device__ __forceinline__ Share share_of(const LowLatencyDispatchParams& params,
+                                          const comm::Part& part) {
+  const comm::Granules granules = comm::granules_of(data_bytes(params), part.index, part.num_parts);
+  const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
+  const u32 number = scales_of_granule(params);
+  return {granules.begin * comm::kGranuleBytes + thread * static_cast<u32>(sizeof(Vec16)),
+          min_of<u32>(granules.end * comm::kGranuleBytes, data_bytes(params)),
+          granules.begin * number + thread, min_of(granules.end * number, params.num_scales)};
+}
+
+// Receives a part from the slot. By all threads of a group.
+__device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams& params,
+                                                  const comm::Round& round,
+                                                  const comm::Part& part) {
+  constexpr u32 kUnroll = 4;
+  const comm::LowLatencyCall& call = params.call;
+  const comm::Outcome outcome =
+      comm::await_part(call, round, part.source, part.source, part.item());
+  if (outcome == comm::Outcome::kFailed) return;
+  const bool is_here = outcome == comm::Outcome::kArrived;
+  const u8* row = slot_row(params, round, call.rank, part.source, part.token);
+  const Share share = share_of(params, part);
+  for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
+    Vec16 v[kUnroll] = {};
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      if (is_here && first + j * Share::kStep < share.end) {
+        v[j] = ptx::ld_no_allocate_vec16(row + first + j * Share::kStep);
+      }
+    }
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      if (first + j * Share::kStep < share.end) {
+        give_values(params, part, first + j * Share::kStep, v[j]);
+      }
+    }
+  }
+  const u32* scales = reinterpret_cast<const u32*>(row + data_bytes(params));
+  for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
+    give_scale(params, part, k, is_here ? scales[k] : 0);
+  }
+}
+
+// Receives a part that comes in cells; zeros for what does not come. By all threads of a group.
+__device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& params,
+                                              const comm::Round& round, const comm::Part& part) {
+  constexpr u32 kUnroll = 2;
+  const comm::LowLatencyCall& call = params.call;
+  u64* row = slab::cell_row(call.slabs, call.rank, round.slot, part.source, part.token);
+  const Share share = share_of(params, part);
+  // All that a thread has of the scales, as a rule: on its way with the values.
+  const bool has_scale = share.first_scale < share.end_scale;
+  const u64* scale_cell = comm::cell_at(row, data_bytes(params) + share.first_scale * sizeof(u32));
+  const u64 scale = has_scale ? ptx::ld_relaxed_sys_u64(scale_cell) : 0;
+  bool is_missing = false;
+  for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
+    comm::VecCells seen[kUnroll];
+    while (true) {
+      const u64* late = nullptr;
+#pragma unroll
+      for (u32 j = 0; j < kUnroll; ++j) {
+        const u32 at = first + j * Share::kStep;
+        if (at < share.end) seen[j] = comm::look_at_cells(row, at);
+      }
+#pragma unroll
+      for (u32 j = 0; j < kUnroll; ++j) {
+        const u32 at = first + j * Share::kStep;
+        if (late == nullptr && at < share.end) {
+          late = comm::late_cell(row, at, seen[j], round.epoch);
+        }
+      }
+      if (late == nullptr || is_missing) break;
+      const comm::Outcome outcome = comm::await_cell(call, round, part.source, late);
+      if (outcome == comm::Outcome::kFailed) return;
+      is_missing = outcome == comm::Outcome::kMissing;
+    }
+#pragma unroll
+    for (u32 j = 0; j < kUnroll; ++j) {
+      const u32 at = first + j * Share::kStep;
+      if (at < share.end)
+        give_values(params, part, at, is_missing ? Vec16{} : comm::words_of(seen[j]));
+    }
+  }
+  for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
+    comm::Awaited found = {comm::Outcome::kArrived, static_cast<u32>(scale)};
+    if (k != share.first_scale || static_cast<u32>(scale >> 32) != round.epoch) {
+      const u64* cell = comm::cell_at(row, data_bytes(params) + k * sizeof(u32));
+      found = comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);
+    }
+    if (found.outcome == comm::Outcome::kFailed) return;
+    give_scale(params, part, k, found.word);
+  }
+}
+
+// Receives parts of a source's rows for all experts that they are for. By all threads.
+__device__ __forceinline__ void receive_parts(const LowLatencyDispatchParams& params,
+                                              const comm::Round& round, comm::Parts parts,
+                                              bool are_in_cells) {
+  for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
+    const comm::Part part = parts.part(item);
+    if (part.num_choices == 0) continue;
+    if (are_in_cells) {
+      receive_cells(params, round, part);
+    } else {
+      receive_from_slot(params, round, part);
+    }
+    const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
+    if (part.index == 0 && thread < part.num_choices) {
+      const comm::Choice& choice = part.choices[thread];
+      const u64 line = u64(choice.expert) * comm::num_recv_rows(params.call);
+      params.src_info[line + choice.row] = static_cast<i32>(part.token);
+    }
+  }
+}
+
+}  // namespace epcomm
