@@ -1,9 +1,10 @@
 // Brings rows back to their tokens' ranks and sums them.
 //
 // In:   rows [num_recv, row_bytes] in the order of dispatch, weights [num_recv, num_topk] f32,
-//       up to two biases [num_tokens, row_bytes]; positions and counts from route.cu.
-// Out:  sums [num_tokens, row_bytes]: fp32, rank ascending from the biases, rounded once; sums of
-//       weights [num_tokens, num_topk].
+//       up to two biases [num_tokens, row_bytes]; positions and counts from route.cu. With
+//       kHasFurther further rows of the tokens, already on this GPU: other nodes' sums.
+// Out:  sums [num_tokens, row_bytes]: fp32, from the biases, rank ascending, then further rows in
+//       order, rounded once; sums of weights [num_tokens, num_topk].
 // Grid: as many blocks as the call may use multiprocessors, at most as many as fit at once. In each
 //       block kNumSendWarps warps send, one raises flags for them, and the others sum.
 //
@@ -35,10 +36,15 @@ struct CombineParams {
   const i32* positions;
   const i32* counts;
   const comm::RouteSummary* summary;
+  const u8* further_rows;      // [rows, row_bytes]
+  const u32* further_weights;  // [rows, num_topk]
+  const i32* further_places;   // [num_tokens, num_further] rows to add to a token, or -1
   u32 num_tokens;
   u32 row_bytes;
   u32 num_topk;   // 0 without weights
   u32 unit_rows;  // what a send warp moves at a time
+  u32 num_further;
+  u32 padding;
 };
 
 static_assert(sizeof(CombineParams) == kCombineParamsBytes,
@@ -327,9 +333,21 @@ __device__ __forceinline__ const u32* weights_from(const CombineParams& params,
          u64(index) * params.num_topk;
 }
 
+// Calls with each further row of a token, in order.
+template <typename Add>
+__device__ __forceinline__ void for_further(const CombineParams& params, u32 token, Add add_row) {
+#if kHasFurther
+  for (u32 i = 0; i < params.num_further; ++i) {
+    const i32 row = params.further_places[u64(token) * params.num_further + i];
+    if (row >= 0) add_row(static_cast<u32>(row));
+  }
+#endif
+}
+
 // Sums one vector of a token's row; at: the byte where it lies in a row.
 __device__ __forceinline__ void sum_vec(const CombineParams& params, const u8* const* rows,
-                                        u64 out_row, u64 at) {
+                                        u32 token, u64 at) {
+  const u64 out_row = u64(token) * params.row_bytes;
   Vec16 v[kNumRanks];
 #pragma unroll
   for (u32 rank = 0; rank < kNumRanks; ++rank) {
@@ -351,6 +369,9 @@ __device__ __forceinline__ void sum_vec(const CombineParams& params, const u8* c
   for (u32 rank = 0; rank < kNumRanks; ++rank) {
     if (rows[rank] != nullptr) add(v[rank], sums);
   }
+  for_further(params, token, [&](u32 row) {
+    add(ptx::ld_no_allocate_vec16(params.further_rows + u64(row) * params.row_bytes + at), sums);
+  });
   Vec16 out;
 #pragma unroll
   for (u32 j = 0; j < 4; ++j) out.word[j] = narrow(sums + j * kPerWord);
@@ -367,9 +388,8 @@ __device__ inline void sum_row(const CombineParams& params, const Streams& strea
     const i32 at = __shfl_sync(kFullWarp, position, place * kNumRanks + rank);
     rows[rank] = at < 0 ? nullptr : row_from(params, streams, rank, at);
   }
-  const u64 out_row = u64(token) * params.row_bytes;
   for (u32 i = begin + lane_index(); i < end; i += kWarpSize) {
-    sum_vec(params, rows, out_row, u64(i) * sizeof(Vec16));
+    sum_vec(params, rows, token, u64(i) * sizeof(Vec16));
   }
 }
 
@@ -383,6 +403,11 @@ __device__ inline void sum_weights(const CombineParams& params, const Streams& s
       if (row < 0 || at >= params.num_topk) continue;
       sum = ptx::add_rn_f32(sum, ptx::as_float(weights_from(params, streams, rank, row)[at]));
     }
+    for_further(params, token, [&](u32 row) {
+      if (at >= params.num_topk) return;
+      const u32 weight = params.further_weights[u64(row) * params.num_topk + at];
+      sum = ptx::add_rn_f32(sum, ptx::as_float(weight));
+    });
     if (at < params.num_topk) {
       params.out_weights[u64(token) * params.num_topk + at] = ptx::as_bits(sum);
     }

@@ -96,8 +96,18 @@ class CombineShape:
 
 
 @cache
-def combine_spec(num_ranks: int, has_bulk: bool, dtype: str, shape: CombineShape) -> KernelSpec:
-    """Return the spec of combine.cu for rows of one of ``COMBINE_DTYPES``."""
+def combine_spec(
+    num_ranks: int, has_bulk: bool, dtype: str, shape: CombineShape, has_further: bool = False
+) -> KernelSpec:
+    """Return the spec of combine.cu.
+
+    Args:
+        num_ranks: Ranks of the group.
+        has_bulk: Whether the GPU has bulk copies.
+        dtype: One of ``COMBINE_DTYPES``, of the rows.
+        shape: How work is divided.
+        has_further: Whether other nodes' sums are added.
+    """
     own = {
         "kCombineParamsBytes": cuda_params.COMBINE.itemsize,
         "kUseBulk": int(has_bulk),
@@ -109,6 +119,7 @@ def combine_spec(num_ranks: int, has_bulk: bool, dtype: str, shape: CombineShape
         "kRingLag": RING_LAG,
         "kSumVecs": shape.sum_vecs,
         "kSumTokens": shape.sum_tokens,
+        "kHasFurther": int(has_further),
     }
     return _spec("combine", num_ranks, own)
 
@@ -188,7 +199,8 @@ def all_specs(has_bulk: bool) -> Iterator[KernelSpec]:
             yield dispatch_spec(num_ranks, has_bulk, num_stages)
         for dtype in COMBINE_DTYPES:
             for shape in cuda_tuning.combine_shapes(num_ranks):
-                yield combine_spec(num_ranks, has_bulk, dtype, shape)
+                for has_further in (False, True):
+                    yield combine_spec(num_ranks, has_bulk, dtype, shape, has_further)
         for is_fp8 in (False, True):
             yield low_latency_dispatch_spec(num_ranks, is_fp8, cuda_tuning.LOW_LATENCY_GRID)
         yield low_latency_combine_spec(num_ranks, cuda_tuning.LOW_LATENCY_GRID)

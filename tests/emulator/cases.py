@@ -12,7 +12,7 @@ import numpy as np
 from ranks import oracle
 
 from emulator.build import Toolchain
-from emulator.world import Array, Grid, Rank, Received, Sizes, World, staged_bytes
+from emulator.world import Array, Further, Grid, Rank, Received, Sizes, World, staged_bytes
 from epcomm import cuda_layout
 from epcomm.engines import cuda_tuning
 from epcomm.jit import kernels
@@ -38,6 +38,7 @@ class Case:
         idx_dtype: Dtype of the choices.
         num_scales: Scales of a token, 0 for none.
         num_spare: With ``num_worst_tokens``: rows beyond those that arrive; else None.
+        num_further: Further rows that a token may have in a second combine.
         num_rounds: Rounds; in round i all tokens go to one expert where i % 4 is 3.
         grid: How calls are launched.
     """
@@ -51,6 +52,7 @@ class Case:
     idx_dtype: type[np.signedinteger[Any]] = np.int64
     num_scales: int = 0
     num_spare: int | None = None
+    num_further: int = 0
     num_rounds: int = 4
     grid: Grid = field(default=Grid())
 
@@ -73,8 +75,11 @@ class Case:
             grid.layout_spec(num_ranks),
             grid.route_spec(num_ranks),
             grid.dispatch_spec(num_ranks),
-            grid.combine_spec(num_ranks, self.dtype),
+            *(grid.combine_spec(num_ranks, self.dtype, has) for has in self._with_further()),
         ]
+
+    def _with_further(self) -> list[bool]:
+        return [False, True] if self.num_further else [False]
 
     def world(self, toolchain: Toolchain, *, seed: int = 0, timeout_s: float = 60.0) -> World:
         """Make ranks with as much room as the case needs."""
@@ -101,6 +106,9 @@ class Inputs:
         later_expert_rows: For a second combine with the same handle.
         expert_weights: For each of its tokens, the weights that each rank gives back.
         biases: Up to two.
+        further_rows: Rows of other nodes.
+        further_weights: Their weights.
+        further_places: Which of them are a token's, or -1.
     """
 
     topk_idx: Array
@@ -112,6 +120,9 @@ class Inputs:
     later_expert_rows: list[Array]
     expert_weights: list[Array]
     biases: list[Array]
+    further_rows: Array
+    further_weights: Array
+    further_places: Array
 
 
 def real_grid(num_ranks: int, row_bytes: int, staged_row_bytes: int) -> Grid:
@@ -134,10 +145,13 @@ CASES = (
     Case("one rank", (21,), num_scales=2),
     Case("one rank, loads and stores", (21,), num_spare=5, grid=_LOADS_AND_STORES),
     Case("two ranks", (30, 17), num_scales=3, num_rounds=8),
+    Case("two ranks and four other nodes", (14, 9), num_further=4, num_rounds=5),
+    Case("one rank, one other node", (11,), num_further=1, dtype="float16", grid=_SMALL),
     Case("two ranks, loads and stores", (30, 17), num_scales=3, grid=_LOADS_AND_STORES),
     Case("no tokens at all", (0, 0)),
     Case("three ranks", (20, 0, 7), dtype="float32", num_spare=3, grid=_WIDE),
     Case("three ranks, loads and stores", (1, 0, 26), dtype="float16", grid=_LOADS_AND_STORES),
+    Case("three ranks, two other nodes", (6, 0, 7), dtype="float32", num_further=2, grid=_WIDE),
     Case("four ranks", (1, 23, 40, 12), num_local=3, num_topk=5, num_rounds=8, num_spare=0),
     Case("four ranks, one block", (9, 33, 1, 16), idx_dtype=np.int32, dtype="float16", grid=_SMALL),
     Case("one choice, one expert a rank", (13, 5, 8, 1), num_topk=1, num_local=1, hidden=8),
@@ -180,6 +194,9 @@ WATCHED_CASES = (
 )
 
 
+_NUM_FURTHER_ROWS = 3
+
+
 def choose(rng: np.random.Generator, case: Case, num_tokens: int, round_index: int) -> Array:
     """Return choices: some twice, some -1, some tokens without any."""
     shape = (num_tokens, case.num_topk)
@@ -220,6 +237,11 @@ def make_inputs(case: Case, round_index: int, rank: int, seed: int) -> Inputs:
         later_expert_rows=[numbers(rng, shape, dtype) for _ in by_rank],
         expert_weights=[numbers(rng, (num_tokens, case.num_topk), floats) for _ in by_rank],
         biases=[numbers(rng, shape, dtype) for _ in range(round_index % 3)],
+        further_rows=numbers(rng, (_NUM_FURTHER_ROWS, case.hidden), dtype),
+        further_weights=numbers(rng, (_NUM_FURTHER_ROWS, case.num_topk), floats),
+        further_places=rng.integers(
+            -1, _NUM_FURTHER_ROWS, (num_tokens, case.num_further), np.int32
+        ),
     )
 
 
@@ -286,9 +308,38 @@ def run_round(case: Case, inputs: Sequence[Inputs], rank: Rank) -> None:
         want_sums = oracle.combine(own.expert_weights, own.topk_idx, case.num_experts)
         same("sums of weights", rank, weight_sums, want_sums)
     again_rows = oracle.pick([one.later_expert_rows[me] for one in inputs], origins)
-    sums, _ = rank.combine(handle, again_rows)
-    want_sums = oracle.combine(own.later_expert_rows, own.topk_idx, case.num_experts)
-    same("sums of a second combine", rank, sums, want_sums)
+    if case.num_further:
+        check_further(case, rank, handle, own, again_rows, weights)
+    else:
+        sums, _ = rank.combine(handle, again_rows)
+        want_sums = oracle.combine(own.later_expert_rows, own.topk_idx, case.num_experts)
+        same("sums of a second combine", rank, sums, want_sums)
+
+
+def check_further(
+    case: Case, rank: Rank, handle: Any, own: Inputs, rows: Array, weights: Array
+) -> None:
+    """Check a combine with further rows: as of nodes of one rank each, behind this node."""
+    places = own.further_places
+    taken = Further(own.further_rows, own.further_weights, places)
+    sums, weight_sums = rank.combine(
+        handle, rows, topk_weights=weights, biases=own.biases, further=taken
+    )
+    num_all = case.num_ranks + case.num_further
+    later_experts = case.num_local * np.arange(case.num_ranks, num_all)
+    idx = np.where(places < 0, -1, later_experts)
+    for what, got, by_rank, further, biases in (
+        ("sums", sums, own.later_expert_rows, own.further_rows, own.biases),
+        ("sums of weights", weight_sums, own.expert_weights, own.further_weights, ()),
+    ):
+        want = oracle.combine(
+            [*by_rank, *(further[places[:, i]] for i in range(case.num_further))],
+            np.concatenate([own.topk_idx, idx], axis=1),
+            num_all * case.num_local,
+            biases,
+            nodes=[0] * case.num_ranks + list(range(1, 1 + case.num_further)),
+        )
+        same(f"{what} with further rows", rank, got, want)
 
 
 def check_route(

@@ -258,6 +258,13 @@ FAULTS = (
         "two ranks",
     ),
     Fault(
+        "combine: the last further row is left out",
+        _COMBINE,
+        "i < params.num_further; ++i",
+        "i + 1 < params.num_further; ++i",
+        "two ranks and four other nodes",
+    ),
+    Fault(
         "low latency: slots are written before peers have received",
         _LOW_LATENCY,
         "if (waits && !is_there(kReceived, seen, last)) {",

@@ -198,13 +198,32 @@ class Grid:
         """Return the spec of dispatch.cu."""
         return self._divided(kernels.dispatch_spec(num_ranks, self.has_bulk, self.num_stages))
 
-    def combine_spec(self, num_ranks: int, dtype: str) -> kernels.KernelSpec:
+    def combine_spec(
+        self, num_ranks: int, dtype: str, has_further: bool = False
+    ) -> kernels.KernelSpec:
         """Return the spec of combine.cu."""
-        return self._divided(kernels.combine_spec(num_ranks, self.has_bulk, dtype, self.combine))
+        return self._divided(
+            kernels.combine_spec(num_ranks, self.has_bulk, dtype, self.combine, has_further)
+        )
 
     def _divided(self, spec: kernels.KernelSpec) -> kernels.KernelSpec:
         own = {"kNumStageWarps": self.num_stage_warps}
         return replace(spec, constants=tuple(sorted((dict(spec.constants) | own).items())))
+
+
+@dataclass(frozen=True)
+class Further:
+    """Rows that a combine adds behind those of the ranks.
+
+    Attributes:
+        rows: ``[n, hidden]``.
+        weights: ``[n, num_topk]``, or None.
+        places: ``[num_tokens, num_further] int32`` row of each token, or -1.
+    """
+
+    rows: Array
+    weights: Array | None
+    places: Array
 
 
 @dataclass(frozen=True)
@@ -450,6 +469,7 @@ class Rank:
         *,
         topk_weights: Array | None = None,
         biases: Sequence[Array] = (),
+        further: Further | None = None,
         header: dict[str, int] | None = None,
     ) -> tuple[Array, Array | None]:
         """Sum rows ``[num_recv, hidden]`` at their tokens' ranks."""
@@ -468,6 +488,12 @@ class Rank:
             params["out_weights"] = pointer(out_weights)
         for i, bias in enumerate(biases):
             params["bias"][i] = pointer(self._own("a bias", bias))
+        if further is not None:
+            params["further_rows"] = pointer(self._own("further rows", further.rows))
+            params["further_places"] = pointer(self._own("further places", further.places))
+            params["num_further"] = further.places.shape[1]
+            if further.weights is not None:
+                params["further_weights"] = pointer(self._own("further weights", further.weights))
         params["out_rows"] = pointer(out_rows)
         for name in ("positions", "counts", "summary"):
             params[name] = pointer(getattr(handle, name))
@@ -478,7 +504,7 @@ class Rank:
         params["unit_rows"] = grid.unit_rows
         shape = grid.combine
         self._launch(
-            grid.combine_spec(self.num_ranks, rows.dtype.name),
+            grid.combine_spec(self.num_ranks, rows.dtype.name, further is not None),
             params,
             num_blocks=grid.num_blocks,
             num_threads=grid.combine.num_threads,
