@@ -13,7 +13,7 @@ from epcomm import arguments, env, topology
 from epcomm.arguments import Place, view_of
 from epcomm.arrays import CPU, ArrayView, Device, packed_strides
 from epcomm.config import Config, check_num_sms
-from epcomm.engines import choose_engine, is_staged
+from epcomm.engines import choose_engine
 from epcomm.engines.base import (
     DEFAULT_CHUNKS,
     Allocate,
@@ -21,10 +21,12 @@ from epcomm.engines.base import (
     CombineRequest,
     DispatchRequest,
     Engine,
+    NodeEngine,
     StreamOrder,
 )
 from epcomm.engines.host import HostEngine
-from epcomm.engines.rails import GRACE_S, RailsEngine
+from epcomm.engines.rail_moves import HostMoves
+from epcomm.engines.rails import GRACE_S, Moves, RailsEngine
 from epcomm.engines.staged import StagedEngine
 from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
 from epcomm.events import EventHandle, EventOverlap
@@ -61,11 +63,10 @@ class Buffer(LowLatencyCalls):
         explicitly_destroy: Kept as an attribute; `destroy` may be called either way.
         enable_shrink: Let low-latency calls go on without ranks that do not answer in time.
         comm: An mpi4py communicator, in place of ``group``.
-        engine: ``"cuda"`` for arrays on GPUs of one node that reach each other; ``"host"`` for
+        engine: ``"cuda"`` for arrays on GPUs that reach each other inside a node; ``"host"`` for
             arrays in CPU memory or, with ``device=``, for arrays on that GPU, which are copied
-            through host memory; ``"auto"`` for arrays on GPUs where CuPy finds one, by the cuda
-            engine inside a node and copied through host memory between nodes, else the host
-            engine. None takes EPCOMM_ENGINE.
+            through host memory; ``"auto"`` is the cuda engine where CuPy finds a GPU, else the
+            host engine. None takes EPCOMM_ENGINE.
         timeout_s: Deadline of every wait, in seconds; None takes EPCOMM_TIMEOUT_S.
         device: Number of this rank's GPU; None takes the one that is current (CuPy, torch), and
             with ``engine="host"`` the CPU. JAX changes it at will, so name it there.
@@ -119,8 +120,7 @@ class Buffer(LowLatencyCalls):
         settings = env.settings()
         self.timeout_s = settings.timeout_s if timeout_s is None else _seconds(timeout_s)
         wanted = engine or settings.engine
-        # Before any peer is touched: for a group of one node, and of several.
-        in_node, between_nodes = choose_engine(wanted), choose_engine(wanted, 2)
+        name = choose_engine(wanted)  # before any peer is touched
         gpu = None if device is None else _gpu_number(device)
         ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
@@ -132,78 +132,85 @@ class Buffer(LowLatencyCalls):
                 "num_nvl_bytes": self.num_nvl_bytes,
                 "num_rdma_bytes": self.num_rdma_bytes,
                 "enable_shrink": enable_shrink,
-                "engine": in_node,
-                "engine between nodes": between_nodes,
+                "engine": name,
                 "EPCOMM_SHM_DIR": settings.shm_dir,
             },
             self.timeout_s,
         )
         self._topology = topology.discover(ranks, settings, self.timeout_s)
-        num_nodes = self._topology.num_nodes
-        name = in_node if num_nodes == 1 else between_nodes
-        has_gpu = name == "cuda" or is_staged(wanted, num_nodes, gpu)
-        if has_gpu and gpu is None:
+        if name == "cuda" and gpu is None:
             gpu = current_gpu()
         self._place = Place(CPU if gpu is None else Device("cuda", gpu), ranks.size)
         self._engine = self._make_engine(ranks, name, settings)
 
     def _make_engine(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
-        if name == "cuda":
-            return self._make_cuda(ranks)
-        make = self._make_rails if self._topology.num_nodes > 1 else self._make_host
-        device = self._place.device
-        if device == CPU:
-            return make(ranks, settings)
+        nodes, device = self._topology, self._place.device
+        if nodes.num_nodes == 1:
+            made: Engine = (
+                self._make_cuda(ranks) if name == "cuda" else self._make_host(ranks, settings)
+            )
+        else:
+            made = self._make_rails(ranks, name, settings)
+        if name == "cuda" or device == CPU:
+            return made
         from epcomm.engines.device_copies import DeviceCopies
 
-        copies = DeviceCopies(device.index)
-        return StagedEngine(make(ranks, settings), copies, device)
+        return StagedEngine(made, DeviceCopies(device.index), device)
 
-    def _make_host(self, ranks: Group, settings: env.Settings) -> Engine:
+    def _make_host(
+        self, ranks: Group, settings: env.Settings, names: Sequence[int] | None = None
+    ) -> NodeEngine:
+        """Make the host engine; with names that of a node of several."""
+        is_part = names is not None
         return HostEngine(
             ranks,
-            self._topology,
+            Topology(ranks.rank, (0,) * ranks.size),
             num_bytes=self.num_nvl_bytes,
-            num_low_latency_bytes=self.num_rdma_bytes,
+            num_low_latency_bytes=0 if is_part else self.num_rdma_bytes,
             shm_dir=settings.shm_dir,
-            timeout_s=self.timeout_s,
-            can_mask=self.enable_shrink,
+            timeout_s=self.timeout_s + (GRACE_S if is_part else 0),
+            can_mask=self.enable_shrink and not is_part,
             buffer_id=self.id,
+            names=names,
         )
 
-    def _make_cuda(self, ranks: Group) -> Engine:
+    def _make_cuda(self, ranks: Group, names: Sequence[int] | None = None) -> NodeEngine:
+        """Make the cuda engine; with names that of a node of several."""
         from epcomm.engines.cuda import CudaEngine
 
+        is_part = names is not None
         return CudaEngine(
             ranks,
-            self._topology,
             device=self._place.device.index,
             num_bytes=self.num_nvl_bytes,
-            num_low_latency_bytes=self.num_rdma_bytes,
-            can_mask=self.enable_shrink,
+            num_low_latency_bytes=0 if is_part else self.num_rdma_bytes,
+            can_mask=self.enable_shrink and not is_part,
             num_sms=lambda: Buffer.num_sms,
-            timeout_s=self.timeout_s,
+            timeout_s=self.timeout_s + (GRACE_S if is_part else 0),
             buffer_id=self.id,
+            names=names,
         )
 
-    def _make_rails(self, ranks: Group, settings: env.Settings) -> Engine:
-        def make_engine(node_group: Group, names: Sequence[int]) -> HostEngine:
-            return HostEngine(
-                node_group,
-                Topology(node_group.rank, (0,) * node_group.size),
-                num_bytes=self.num_nvl_bytes,
-                num_low_latency_bytes=0,
-                shm_dir=settings.shm_dir,
-                timeout_s=self.timeout_s + GRACE_S,
-                can_mask=False,
-                buffer_id=self.id,
-                names=names,
-            )
+    def _make_rails(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
+        def make_engine(node_group: Group, names: Sequence[int]) -> NodeEngine:
+            if name == "cuda":
+                return self._make_cuda(node_group, names)
+            return self._make_host(node_group, settings, names)
+
+        def make_moves(topology: Topology, engine: NodeEngine) -> Moves:
+            if name != "cuda":
+                return HostMoves(topology, engine)
+            from epcomm.engines.device_copies import DeviceCopies
+            from epcomm.engines.device_rail_moves import DeviceMoves
+
+            device = self._place.device
+            return DeviceMoves(topology, engine, DeviceCopies(device.index), device)
 
         return RailsEngine(
             ranks,
             self._topology,
             make_engine,
+            make_moves,
             num_bytes=self.num_rdma_bytes,
             timeout_s=self.timeout_s,
             buffer_id=self.id,

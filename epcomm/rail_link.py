@@ -58,6 +58,11 @@ class Window:
         return (self.num_send + self.num_receive) * self.slot_bytes
 
 
+def empty_bytes(num_bytes: int) -> Bytes:
+    """Return plain memory."""
+    return empty_aligned((num_bytes,), np.dtype(np.uint8))
+
+
 class RailLink:
     """This rank's staging memory and its way to its rail peers.
 
@@ -68,6 +73,7 @@ class RailLink:
         num_bytes: Staging memory to reserve; it grows when a call needs more.
         check_failed: Called with the phase while waiting; raises if a rank of the node has failed.
         fail: Called with the rank that was waited for in vain.
+        empty: Makes the staging memory: so many bytes, of which MPI reads and writes any part.
     """
 
     def __init__(
@@ -78,15 +84,15 @@ class RailLink:
         num_bytes: int,
         check_failed: Callable[[str], None],
         fail: Callable[[int], None],
+        empty: Callable[[int], Bytes] = empty_bytes,
     ) -> None:
         self._rail = rail
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._check_failed = check_failed
         self._fail = fail
-        # NOTE: the one place to allocate what MPI reads and writes. Rows of GPUs go here through
-        # pinned memory, or with a CUDA-aware MPI through a device pointer that is sent itself.
-        self.memory: Bytes = empty_aligned((num_bytes,), np.dtype(np.uint8))
+        self._empty = empty
+        self.memory = empty(num_bytes)
         self._current: Transfer | None = None
 
     @contextmanager
@@ -101,7 +107,7 @@ class RailLink:
             receives: All messages that will come, in order.
         """
         if self.memory.size < window.num_bytes:
-            self.memory = empty_aligned((window.num_bytes,), self.memory.dtype)
+            self.memory = self._empty(window.num_bytes)
         self._current = Transfer(self, phase, window, receives)
         try:
             yield self._current
@@ -114,7 +120,7 @@ class RailLink:
 
     def close(self) -> None:
         """Let go of the memory."""
-        self.memory = empty_aligned((0,), self.memory.dtype)
+        self.memory = empty_bytes(0)
 
     def progress(self) -> None:
         """Let MPI move on what is under way."""
@@ -179,6 +185,7 @@ class Transfer:
         slots = link.memory[: window.num_bytes].reshape(-1, max(1, window.slot_bytes))
         self._send_slots, self._receive_slots = slots[: window.num_send], slots[window.num_send :]
         self._sends: deque[tuple[Any, int]] = deque()
+        self._num_claimed = 0
         self._num_sent = 0
         self._to_come = receives
         self._posted: deque[Any] = deque()
@@ -200,27 +207,33 @@ class Transfer:
         slot: Bytes = self._receive_slots[i % len(self._receive_slots)]
         return slot
 
-    def receive(self, pump: Callable[[], None] | None = None) -> Bytes:
+    def receive(self, pump: Callable[[], object] | None = None) -> Bytes:
         """Wait for the next message; return its slot, valid until it is released.
 
         Args:
             pump: Called again and again meanwhile, to send what can be sent; or None.
         """
         node = self._to_come[self._num_received].node
-        request = self._posted.popleft()
+        request = self._posted[0]
 
         def is_here() -> bool:
             if pump is not None:
                 pump()
             return self._link.is_done(request, node, self._phase)
 
-        try:
-            self._link.wait(is_here, node, self._phase)
-        except BaseException:
-            self._posted.append(request)
-            raise
+        self._link.wait(is_here, node, self._phase)
+        self._posted.popleft()
         self._num_received += 1
         return self._receive_slot(self._num_received - 1)
+
+    def wait(self, is_ready: Callable[[], bool], node: int) -> None:
+        """Wait for something that a rail peer has part in."""
+        self._link.wait(is_ready, node, self._phase)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold no message which was received and not released."""
+        return len(self._receive_slots) - (self._num_received - self._num_released)
 
     def release(self, count: int = 1) -> None:
         """Give back the slots of the messages that were received first."""
@@ -232,21 +245,26 @@ class Transfer:
     def can_send(self) -> bool:
         """Return whether a slot is free."""
         self._drop_sent()
-        return len(self._sends) < len(self._send_slots)
+        num_filling = self._num_claimed - self._num_sent
+        return len(self._sends) + num_filling < len(self._send_slots)
 
     def _drop_sent(self) -> None:
         while self._sends and self._link.is_done(*self._sends[0], self._phase):
             self._sends.popleft()
 
     def next_send_slot(self) -> Bytes:
-        """Wait until a slot is free, and return it."""
+        """Wait until a slot is free, and return it: to be filled and sent, in the order of calls.
+
+        Several may be in hand at a time where `can_send` has said so before each.
+        """
         if not self.can_send():
             self._link.wait(self.can_send, self._sends[0][1], self._phase)
-        slot: Bytes = self._send_slots[self._num_sent % len(self._send_slots)]
+        slot: Bytes = self._send_slots[self._num_claimed % len(self._send_slots)]
+        self._num_claimed += 1
         return slot
 
     def send(self, node: int, num_bytes: int) -> None:
-        """Begin to send the first bytes of the slot that `next_send_slot` returned."""
+        """Begin to send the first bytes of the first slot in hand."""
         memory = self._send_slots[self._num_sent % len(self._send_slots)][:num_bytes]
         self._sends.append((self._link.begin_send(node, memory, self._phase), node))
         self._num_sent += 1

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from epcomm import env, topology
+from epcomm import env
 from epcomm.cli import plot
 from epcomm.cli.blas import share_processors
 from epcomm.cli.device import array_namespace
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, group: Group) -> int:
     try:
         check_options(options, group.size)
         settings = env.settings()
-        engine = choose_engine(settings.engine, topology.discover(group, settings).num_nodes)
+        engine = choose_engine(settings.engine)
         text = _load(options, group)
     except (InvalidArgument, UnsupportedConfig) as error:
         if group.rank == 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 from epcomm import __version__, env, topology
 from epcomm.cli.launch import launched_group
 from epcomm.config import DEFAULT_MAX_TOKENS, Config
-from epcomm.engines import choose_engine, is_staged
+from epcomm.engines import choose_engine
 from epcomm.errors import UnsupportedConfig
 from epcomm.gpus import find_num_gpus
 from epcomm.topology import Topology
@@ -133,22 +133,24 @@ def _describe_engine(nodes: Topology | None) -> Iterator[Line]:
     """Tell what a Buffer does that names neither engine nor device."""
     wanted, num_nodes = env.settings().engine, 1 if nodes is None else nodes.num_nodes
     try:
-        engine = choose_engine(wanted, num_nodes)
+        engine = choose_engine(wanted)
     except UnsupportedConfig as error:
         yield "engine", str(error)
         return
     means = f"auto: {engine}" if wanted == "auto" else f"{engine}, by EPCOMM_ENGINE"
+    if num_nodes > 1:
+        means += f", and MPI between {num_nodes} nodes"
     if engine == "cuda":
         yield "engine", f"{means}; CPU arrays need engine='host'"
         yield "arrays", "on GPUs, which must have peer access; else engine='host', device=i"
+        if num_nodes > 1:
+            yield "between nodes", "rows cross through pinned host memory, which any MPI can send"
+            return
         yield (
             "decoding",
             f"low-latency calls up to about {_LOW_LATENCY_TOKENS} tokens a rank, dispatch and "
             "combine for more",
         )
-    elif is_staged(wanted, num_nodes, None):
-        yield "engine", f"{means}, between {num_nodes} nodes; CPU arrays need engine='host'"
-        yield "arrays", "on GPUs, staged: copied through host memory"
     else:
         yield "engine", means
         staged = "; on GPU i, staged through host memory, with engine='host', device=i"

@@ -89,7 +89,8 @@ class DispatchInto:
         data: Rows of the larger one; the rest as in `DispatchResult`.
         scales: See above.
         topk: See above.
-        first_rows: For each source rank, the row where this part of its rows begins.
+        first_rows: For each source rank, the row where this part of its rows begins; empty where
+            they lie one after the other and fill the arrays.
     """
 
     data: ArrayView
@@ -163,6 +164,20 @@ class FurtherRows:
     slots: np.ndarray[Any, np.dtype[np.int64]]
 
 
+class FurtherSums(NamedTuple):
+    """Rows like `FurtherRows`, of all other nodes together, on a GPU.
+
+    Attributes:
+        data: ``[n, hidden]`` of the rows' dtype.
+        topk_weights: ``[n, num_topk] f32``, or None.
+        places: ``[num_tokens, num_further] int32`` rows to add to each token, in order; or -1.
+    """
+
+    data: ArrayView
+    topk_weights: ArrayView | None
+    places: ArrayView
+
+
 class CombineRequest(NamedTuple):
     """A checked combine.
 
@@ -177,7 +192,8 @@ class CombineRequest(NamedTuple):
         into: Outputs to write in place of allocating; or None.
         first_rows: Where each source rank's rows begin in ``data``, as in `DispatchInto`; None
             where they lie one after the other.
-        further: Rows to add after those of the ranks, before the one rounding.
+        further: Rows to add after those of the ranks, before the one rounding; for the host engine.
+        further_sums: The same for the cuda engine.
     """
 
     data: ArrayView
@@ -190,6 +206,7 @@ class CombineRequest(NamedTuple):
     into: CombineResult | None = None
     first_rows: tuple[int, ...] | None = None
     further: Sequence[FurtherRows] = ()
+    further_sums: FurtherSums | None = None
 
 
 class CombineResult(NamedTuple):
@@ -396,8 +413,22 @@ class Engine(Protocol):
 class NodeEngine(Engine, Protocol):
     """An engine of one node's ranks of a larger group; it takes parts of larger calls.
 
-    That is, requests with ``into``, ``first_rows`` and ``further``.
+    That is, requests with ``into``; the host engine's with ``first_rows`` and ``further``, the cuda
+    engine's with ``further_sums``.
     """
+
+    def call_stream(self) -> int:
+        """Return the handle of the stream on which the call in hand runs; 0 where there is none."""
+        ...
+
+    def check_part(self, request: DispatchRequest | CombineRequest, max_tokens: int) -> None:
+        """Raise InvalidArgument unless this engine takes a call's parts.
+
+        Args:
+            request: The whole call.
+            max_tokens: Most tokens of any rank.
+        """
+        ...
 
     def fail(self, missed: int) -> None:
         """Make the calls of all ranks of the node fail: this rank gave up waiting for another."""

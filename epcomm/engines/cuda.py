@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,7 +47,6 @@ from epcomm.handle import DispatchHandle
 from epcomm.jit import kernels
 from epcomm.jit.launch import launch
 from epcomm.routing import round_up
-from epcomm.topology import Topology
 from epcomm.waiting import Deadline, poll_until
 
 _ROUTE_THREADS = 1024
@@ -123,7 +122,6 @@ class CudaEngine:
 
     Args:
         group: The ranks, all on one node.
-        topology: Their nodes.
         device: This rank's GPU.
         num_bytes: Bytes to reserve for throughput calls; grows when a call needs more.
         num_low_latency_bytes: The same for low-latency calls.
@@ -131,6 +129,7 @@ class CudaEngine:
         num_sms: Gives the multiprocessors of a call without a config.
         timeout_s: Deadline of every wait, in seconds.
         buffer_id: Marks the handles of this engine's Buffer.
+        names: Numbers of the ranks in a larger group, for errors; None where there is none.
     """
 
     name = "cuda"
@@ -138,7 +137,6 @@ class CudaEngine:
     def __init__(
         self,
         group: Group,
-        topology: Topology,
         device: int,
         num_bytes: int,
         num_low_latency_bytes: int,
@@ -146,14 +144,10 @@ class CudaEngine:
         num_sms: Callable[[], int],
         timeout_s: float,
         buffer_id: int,
+        names: Sequence[int] | None = None,
     ) -> None:
-        if topology.num_nodes > 1:
-            raise UnsupportedConfig(
-                f"the group spans {topology.num_nodes} nodes {topology.node_of_rank}, and the cuda "
-                "engine moves rows inside one. Use engine='host', device=i, which copies arrays of "
-                "GPU i through host memory; or one Buffer a node, or unset EPCOMM_RANKS_PER_NODE."
-            )
         self._group = group
+        self._names = tuple(range(group.size)) if names is None else tuple(names)
         self._device = device
         self._num_sms = num_sms
         self._timeout_s = timeout_s
@@ -289,10 +283,29 @@ class CudaEngine:
         self._wait_call()
         self._raise_failures()
 
+    def call_stream(self) -> int:
+        """See `NodeEngine.call_stream`."""
+        stream: int = self._stream.ptr
+        return stream
+
+    def check_part(self, request: DispatchRequest | CombineRequest, max_tokens: int) -> None:
+        """See `NodeEngine.check_part`."""
+        if isinstance(request, CombineRequest):
+            self._check_combine(request)
+            return
+        self._check_dispatch(request)
+        self._room.check_tokens(max_tokens, _staged_row_bytes(request))
+
+    def fail(self, missed: int) -> None:
+        """See `NodeEngine.fail`: peers' kernels find their abort cells set."""
+        self._room.abort_peers()
+
+    def check_failed(self, phase: str) -> None:
+        """See `NodeEngine.check_failed`."""
+        self._raise_failures()
+
     def _raise_failures(self) -> None:
-        error = cuda_failures.error_in(
-            self._record, self._group.rank, self._group.size, self._timeout_s
-        )
+        error = cuda_failures.error_in(self._record, self._group.rank, self._names, self._timeout_s)
         if error is not None:
             raise error
 
@@ -342,7 +355,7 @@ class CudaEngine:
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """See `Engine.dispatch`."""
-        _check_aligned(request.data, "x")
+        self._check_dispatch(request)
         if request.handle is not None:
             return self._dispatch_again(request, request.handle)
         assert request.layout is not None  # the Buffer gives one of the two
@@ -377,6 +390,16 @@ class CudaEngine:
         )
         counts = self._expert_counts(request, num_experts) if is_exact else []
         return DispatchResult(data, scales, topk, counts, handle)
+
+    def _check_dispatch(self, request: DispatchRequest) -> None:
+        _check_aligned(request.data, "x")
+        self._num_blocks(request.num_sms)
+
+    def _check_combine(self, request: CombineRequest) -> None:
+        _check_aligned(request.data, "x")
+        for i, bias in enumerate(request.biases):
+            _check_aligned(bias, f"bias[{i}]")
+        self._num_blocks(request.num_sms)
 
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
         record: _Routing = handle.routing
@@ -505,15 +528,25 @@ class CudaEngine:
     ) -> tuple[ArrayView, ArrayView | None, TopK | None]:
         """Allocate the outputs and launch dispatch.cu."""
         data, scales, topk, allocate = request.data, request.scales, request.topk, request.allocate
-        recv = allocate((num_rows, data.shape[1]), data.dtype)
         recv_scales = recv_topk = None
         scales_out = idx_out = weights_out = 0
-        if scales is not None:
-            recv_scales = allocate((num_rows, scales.shape[1]), scales.dtype)
+        if request.into is not None:
+            recv, recv_scales, recv_topk = (
+                request.into.data,
+                request.into.scales,
+                request.into.topk,
+            )
+        else:
+            recv = allocate((num_rows, data.shape[1]), data.dtype)
+            if scales is not None:
+                recv_scales = allocate((num_rows, scales.shape[1]), scales.dtype)
+            if topk is not None:
+                shape = (num_rows, topk.idx.shape[1])
+                idx = allocate(shape, topk.idx.dtype)
+                recv_topk = TopK(idx, allocate(shape, topk.weights.dtype))
+        if recv_scales is not None:
             scales_out = recv_scales.ptr
-        if topk is not None:
-            shape = (num_rows, topk.idx.shape[1])
-            recv_topk = TopK(allocate(shape, topk.idx.dtype), allocate(shape, topk.weights.dtype))
+        if recv_topk is not None:
             idx_out, weights_out = recv_topk.idx.ptr, recv_topk.weights.ptr
         outputs = (recv.ptr, scales_out, idx_out, weights_out)
         self._launch(
@@ -547,9 +580,7 @@ class CudaEngine:
     def combine(self, request: CombineRequest) -> CombineResult:
         """See `Engine.combine`."""
         data, weights, handle = request.data, request.topk_weights, request.handle
-        _check_aligned(data, "x")
-        for i, bias in enumerate(request.biases):
-            _check_aligned(bias, f"bias[{i}]")
+        self._check_combine(request)
         num_blocks = self._num_blocks(request.num_sms)
         record: _Routing = handle.routing
         num_topk = weights.shape[1] if weights is not None else 0
@@ -563,11 +594,21 @@ class CudaEngine:
         )
         header = _HEADER.pack(*agreed, handle.num_tokens, 0)
         self._make_room(record, 0, cuda_layout.slot_row_bytes(row_bytes, num_topk), header)
-        out = request.allocate((handle.num_tokens, data.shape[1]), data.dtype)
         out_weights, weights_in, weights_out = None, 0, 0
-        if weights is not None:
-            out_weights = request.allocate((handle.num_tokens, num_topk), weights.dtype)
+        if request.into is not None:
+            out, out_weights = request.into
+        else:
+            out = request.allocate((handle.num_tokens, data.shape[1]), data.dtype)
+            if weights is not None:
+                out_weights = request.allocate((handle.num_tokens, num_topk), weights.dtype)
+        if weights is not None and out_weights is not None:
             weights_in, weights_out = weights.ptr, out_weights.ptr
+        further = request.further_sums
+        further_in, num_further = (0, 0, 0), 0
+        if further is not None:
+            further_weights = 0 if further.topk_weights is None else further.topk_weights.ptr
+            further_in = (further.data.ptr, further_weights, further.places.ptr)
+            num_further = further.places.shape[1]
         bias_ptrs = [bias.ptr for bias in request.biases] + [0, 0]
         unit_rows = cuda_tuning.unit_rows(row_bytes)
         params = cuda_params.pack(
@@ -577,16 +618,19 @@ class CudaEngine:
             (
                 *(data.ptr, weights_in, *bias_ptrs[:2], out.ptr, weights_out),
                 *(record.tables.positions, record.tables.counts, record.tables.summary),
-                *(handle.num_tokens, row_bytes, num_topk, unit_rows),
+                *further_in,
+                *(handle.num_tokens, row_bytes, num_topk, unit_rows, num_further, 0),
             ),
         )
-        shape = cuda_tuning.combine_shape(self._group.size, row_bytes)
+        shape = cuda_tuning.combine_shape(self._group.size, row_bytes, further is not None)
         ring_bytes = cuda_tuning.ring_bytes(
             shape.num_send_warps, shape.num_stages, unit_rows * row_bytes
         )
         has_bulk = self._has_bulk and ring_bytes <= cuda_tuning.MAX_RING_BYTES
         self._launch(
-            kernels.combine_spec(self._group.size, has_bulk, DTYPE_NAME[data.dtype], shape),
+            kernels.combine_spec(
+                self._group.size, has_bulk, DTYPE_NAME[data.dtype], shape, further is not None
+            ),
             num_blocks=num_blocks,
             num_threads=shape.num_threads,
             params=params,

@@ -39,7 +39,7 @@ def ends_call(failure: int) -> bool:
 
 
 def error_in(
-    record: npt.NDArray[np.void], rank: int, num_ranks: int, timeout_s: float
+    record: npt.NDArray[np.void], rank: int, names: Sequence[int], timeout_s: float
 ) -> EpcommError | None:
     """Return the error that a record tells of, or None.
 
@@ -49,24 +49,24 @@ def error_in(
     Args:
         record: FAILURE_RECORD, in memory that kernels write.
         rank: This rank.
-        num_ranks: Ranks of the group.
+        names: What the error calls each rank.
         timeout_s: The deadline of waits.
     """
     failure = int(record["failure"])
     if failure == 0:
         return None
-    peer = int(record["peer"])
+    peer = names[int(record["peer"])]
     if failure in (_TIMEOUT, _PEER_GAVE_UP):
         phase = _PHASES.get(int(record["phase"]), "a kernel")
         detail = f"expected epoch {int(record['expected'])}, saw {int(record['seen'])}"
         if failure == _PEER_GAVE_UP:
             detail = f"rank {peer} gave up waiting, so this rank ends too"
-        return CommTimeout(phase, rank, [peer], timeout_s, detail)
+        return CommTimeout(phase, names[rank], [peer], timeout_s, detail)
     record["failure"] = 0
     if failure == _MISMATCH:
-        return _mismatch(record, num_ranks, AGREED, CALLS)
+        return _mismatch(record, names, AGREED, CALLS)
     if failure == _LOW_LATENCY_MISMATCH:
-        return _mismatch(record, num_ranks, LOW_LATENCY_AGREED, LOW_LATENCY_CALLS)
+        return _mismatch(record, names, LOW_LATENCY_AGREED, LOW_LATENCY_CALLS)
     if failure == _EXPERT_TWICE:
         return InvalidArgument(
             "topk_idx chooses an expert twice for one token; low-latency calls have room for one "
@@ -85,7 +85,7 @@ def error_in(
 
 
 def _mismatch(
-    record: npt.NDArray[np.void], num_ranks: int, agreed: Sequence[str], calls: Sequence[str]
+    record: npt.NDArray[np.void], names: Sequence[int], agreed: Sequence[str], calls: Sequence[str]
 ) -> RankMismatch:
     name = agreed[int(record["field"])]
     values: list[int] = record["values"].tolist()
@@ -97,7 +97,9 @@ def _mismatch(
             return DTYPES[value].name
         return str(value)
 
-    listed = ", ".join(f"rank {i}: {shown(value)}" for i, value in enumerate(values[:num_ranks]))
+    listed = ", ".join(
+        f"rank {rank}: {shown(value)}" for rank, value in zip(names, values, strict=False)
+    )
     return RankMismatch(
         f"ranks disagree on {name} ({listed}). Every rank must make the same call with the same "
         f"{name}. The call was given up on all ranks."

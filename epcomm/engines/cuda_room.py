@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from epcomm import cuda_layout
 from epcomm.arrays import ArrayView, gpu
 from epcomm.cuda_layout import Areas, areas_for
 from epcomm.cuda_slab import CudaSlabs
@@ -63,6 +64,24 @@ class Room:
         old = self.slabs
         self._use(self.areas.merged_with(needed))
         old.close(is_collective=True)
+
+    def abort_peers(self) -> None:
+        """Make all kernels of the peers that wait fail, now and later: this rank has given up."""
+        import cupy
+
+        runtime, rank = cupy.cuda.runtime, self._group.rank
+        word = np.array([1 + rank], np.uint64)
+        offset = cuda_layout.constants(self._group.size)["kOffsetAbort"]
+        with cupy.cuda.Device(self._device):
+            # A stream of its own: others may hold kernels that wait.
+            stream = cupy.cuda.Stream(non_blocking=True)
+            for peer, base in enumerate(self.slabs.ptrs):
+                if peer != rank:
+                    runtime.memcpyAsync(
+                        *(base + offset, word.ctypes.data, word.nbytes),
+                        *(runtime.memcpyHostToDevice, stream.ptr),
+                    )
+            stream.synchronize()
 
     def refusal(self, needed: Areas) -> InvalidArgument:
         """Return the error of a call that needs more and cannot wait for slabs to grow."""

@@ -19,6 +19,8 @@ _NOTE_BYTES = 8
 # Sums wait for memory, so many warps help; each rank's row in flight takes registers.
 _COMBINE_THREADS = {1: 1024, 2: 1024, 3: 1024, 4: 1024, 5: 768}
 _MANY_RANKS_THREADS = 640
+# Adding other nodes' sums takes registers too; the network is slower than either.
+_FURTHER_THREADS = 512
 
 #: How blocks of low-latency calls divide their work. Rows of up to so many tokens cross as cells:
 #: twice the bytes, which do not count yet, and no flag.
@@ -56,20 +58,21 @@ def unit_rows(row_bytes: int) -> int:
 
 
 @cache
-def combine_shape(num_ranks: int, row_bytes: int) -> CombineShape:
+def combine_shape(num_ranks: int, row_bytes: int, has_further: bool = False) -> CombineShape:
     """Return how a block of combine divides its work."""
-    few, many = combine_shapes(num_ranks)
+    few, many = combine_shapes(num_ranks, has_further)
     piece = unit_rows(row_bytes) * row_bytes
     has_room = ring_bytes(many.num_send_warps, many.num_stages, piece) <= MAX_RING_BYTES
     return many if has_room else few
 
 
 @cache
-def combine_shapes(num_ranks: int) -> tuple[CombineShape, ...]:
+def combine_shapes(num_ranks: int, has_further: bool) -> tuple[CombineShape, ...]:
     """Return the shapes that `combine_shape` chooses from: for long and for short rows."""
+    num_threads = _COMBINE_THREADS.get(num_ranks, _MANY_RANKS_THREADS)
     return tuple(
         CombineShape(
-            num_threads=_COMBINE_THREADS.get(num_ranks, _MANY_RANKS_THREADS),
+            num_threads=min(num_threads, _FURTHER_THREADS) if has_further else num_threads,
             num_send_warps=num_send_warps,
             num_stages=num_stages,
             sum_vecs=224,

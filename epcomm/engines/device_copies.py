@@ -1,4 +1,4 @@
-"""Copies between one GPU and pinned memory of the host."""
+"""Copies between one GPU and pinned memory of the host, and of rows on that GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import cupy
 import numpy as np
 import numpy.typing as npt
 
+from epcomm.arrays import ArrayView
+
 
 class DeviceCopies:
-    """See `epcomm.engines.staged.Copies`.
+    """See `epcomm.engines.staged.Copies` and `epcomm.engines.device_rail_moves.RowCopies`.
 
     Pinned memory comes from CuPy's pool, which keeps what is given back for the next call.
 
@@ -52,6 +54,60 @@ class DeviceCopies:
             ptr, memory.ctypes.data, memory.nbytes, runtime.memcpyHostToDevice, stream
         )
 
+    def new_stream(self) -> Any:
+        """See `RowCopies.new_stream`."""
+        return cupy.cuda.Stream(non_blocking=True)
+
+    def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
+        """See `RowCopies.copy`."""
+        runtime = cupy.cuda.runtime
+        runtime.memcpyAsync(to, source, num_bytes, runtime.memcpyDeviceToDevice, stream)
+
+    def set_bits(self, ptr: int, num_bytes: int, stream: int) -> None:
+        """See `RowCopies.set_bits`."""
+        cupy.cuda.runtime.memsetAsync(ptr, 0xFF, num_bytes, stream)
+
+    def gather(self, rows: ArrayView, idx: ArrayView, to: int, stream: int) -> None:
+        """See `RowCopies.gather`."""
+        if not idx.shape[0] or not rows.shape[1]:
+            return
+        source = self._array(_widest(rows))
+        shape = (idx.shape[0], source.shape[1])
+        out = cupy.ndarray(shape, source.dtype, self._pointer(to, idx))
+        with cupy.cuda.ExternalStream(stream):
+            cupy.take(source, self._array(idx), axis=0, out=out)
+
+    def look_up(self, table: ArrayView, idx: ArrayView, stream: int) -> None:
+        """See `RowCopies.look_up`."""
+        if not idx.num_bytes:
+            return
+        choices = self._array(idx)
+        with cupy.cuda.ExternalStream(stream):
+            choices[...] = cupy.take(self._array(table), choices)
+
+    def _array(self, view: ArrayView) -> Any:
+        return cupy.ndarray(view.shape, view.dtype, self._pointer(view.ptr, view), view.strides)
+
+    def _pointer(self, ptr: int, owner: Any) -> Any:
+        # Of what lies behind the pointer CuPy need not know the size: nothing checks it.
+        memory = cupy.cuda.UnownedMemory(ptr, 1 << 62, owner, self._device)
+        return cupy.cuda.MemoryPointer(memory, 0)
+
     def synchronize(self, stream: int) -> None:
         """See `Copies.synchronize`."""
         cupy.cuda.runtime.streamSynchronize(stream)
+
+
+def _widest(rows: ArrayView) -> ArrayView:
+    """View rows as the widest words that they are made of: fewer to move."""
+    num_columns, itemsize = rows.shape[1], rows.dtype.itemsize
+    row_bytes = num_columns * itemsize
+    if rows.strides[1] != itemsize and num_columns > 1:
+        return rows._replace(dtype=np.dtype(f"u{itemsize}"))
+    aligned = row_bytes | rows.strides[0] | rows.ptr
+    width = next(width for width in (8, 4, 2, 1) if aligned % width == 0)
+    return rows._replace(
+        shape=(rows.shape[0], row_bytes // width),
+        strides=(rows.strides[0], width),
+        dtype=np.dtype(f"u{width}"),
+    )

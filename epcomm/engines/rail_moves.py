@@ -1,7 +1,15 @@
-"""One call between nodes, chunk by chunk: what is sent, and what the node's engine does with it."""
+"""Calls between nodes whose rows are in the CPU's memory, chunk by chunk (see `rail_routes`).
+
+While one chunk is spread or summed in the node, messages of others are under way. All ranks go
+through the same *rounds*: round k of a chunk, k from 1, sends from every node n to node n + k, so
+that no node is everybody's first. Whoever waits in a round has sent what others wait for in that
+round and earlier ones, and what a full window waits for is received in earlier rounds: so some rank
+can always go on, whatever the window.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +20,7 @@ import numpy.typing as npt
 from epcomm import routing
 from epcomm.arrays import ArrayView, view_numpy
 from epcomm.engines.base import (
+    Allocate,
     CombineRequest,
     CombineResult,
     DispatchInto,
@@ -22,13 +31,146 @@ from epcomm.engines.base import (
     NodeEngine,
     TopK,
 )
+from epcomm.engines.host import make_layout
 from epcomm.engines.rail_routes import RailRoutes, node_experts
 from epcomm.engines.sections import Sections, as_rows, gather_rows
 from epcomm.handle import DispatchHandle
-from epcomm.rail_link import Transfer
+from epcomm.rail_link import Bytes, Message, RailLink, Transfer, Window, empty_bytes
 from epcomm.topology import Topology
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+class HostMoves:
+    """See `epcomm.engines.rails.Moves`.
+
+    Args:
+        topology: The nodes.
+        engine: Of this rank's node, the host engine.
+    """
+
+    def __init__(self, topology: Topology, engine: NodeEngine) -> None:
+        self._topology, self._engine = topology, engine
+
+    def empty(self, num_bytes: int) -> Bytes:
+        """See `Moves.empty`."""
+        return empty_bytes(num_bytes)
+
+    def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
+        """See `Moves.make_layout`."""
+        return make_layout(topk_idx, num_experts, self._topology, allocate)
+
+    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, TopK | None]:
+        """See `Moves.fetch`: it is there."""
+        return layout, topk
+
+    def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
+        """See `Moves.put`."""
+        view.numpy()[...] = array
+
+    def check(self, request: DispatchRequest | CombineRequest, max_tokens: int = 0) -> None:
+        """See `Moves.check`: the host engine takes all that the Buffer does."""
+
+    def close(self) -> None:
+        """See `Moves.close`: there is none."""
+
+    def dispatch(
+        self,
+        link: RailLink,
+        request: DispatchRequest,
+        routes: RailRoutes,
+        pairs: Sequence[npt.NDArray[np.int32]] | None,
+        out: DispatchInto,
+    ) -> npt.NDArray[np.int64]:
+        """See `Moves.dispatch`."""
+        spread = Spread(self._topology, self._engine, request, routes, out)
+        if pairs is not None:
+            spread.route(np.cumsum(routes.num_arriving) - routes.num_arriving, pairs)
+        self._spread(link, request, routes, spread)
+        if out.topk is not None:
+            out.topk.idx.numpy()[int(routes.num_arriving.sum()) :] = -1
+        return spread.num_tokens_per_expert
+
+    def _spread(
+        self, link: RailLink, request: DispatchRequest, routes: RailRoutes, spread: Spread
+    ) -> None:
+        """Send, receive and spread all chunks."""
+        forward, backward = self._topology.nodes_after(), self._topology.nodes_before()
+        own, num_chunks = self._topology.node, max(routes.num_chunks)
+        sends = deque(
+            (chunk, k, node)
+            for chunk in range(num_chunks)
+            for k, node in enumerate(forward, start=1)
+            if len(routes.outgoing_in(node, chunk))
+        )
+        receives = [
+            Message(node, spread.sections(num_rows).end)
+            for chunk in range(num_chunks)
+            for node in backward
+            if (num_rows := len(routes.incoming_in(node, chunk)))
+        ]
+        largest = spread.sections(min(routes.num_chunk_tokens, int(routes.num_tokens.max())))
+        depth = request.chunks.num_in_flight
+        window = Window(largest.end, depth, depth)
+        with link.transfer("dispatch: rows", window, receives) as transfer:
+
+            def send_next() -> None:
+                chunk, _, node = sends.popleft()
+                spread.send(transfer, node, chunk)
+
+            def pump() -> None:
+                while sends and transfer.can_send():
+                    send_next()
+
+            for chunk in range(num_chunks):
+                for k, node in enumerate((own, *backward)):
+                    if chunk >= routes.num_chunks[node]:
+                        continue
+                    # NOTE: while it waits in its node a rank sends nothing, so what the same round
+                    # of another node waits for is sent before: else nodes could wait in a circle.
+                    while sends and sends[0][:2] <= (chunk, k):
+                        send_next()
+                    pump()
+                    num_rows = len(routes.incoming_in(node, chunk)) if node != own else 0
+                    if num_rows:
+                        slot = transfer.receive(pump)
+                        spread.spread(node, chunk, spread.part_in(slot, num_rows))
+                        transfer.release()
+                    else:
+                        spread.spread(node, chunk, spread.own_part(node, chunk))
+            while sends:
+                send_next()
+
+    def combine(
+        self, link: RailLink, request: CombineRequest, routes: RailRoutes, out: CombineResult
+    ) -> None:
+        """See `Moves.combine`.
+
+        A chunk's sums are finished some chunks after this node's sums of it were sent, so that
+        the other nodes' have time to arrive.
+        """
+        forward, backward = self._topology.nodes_after(), self._topology.nodes_before()
+        own = self._topology.node
+        sums = Sums(self._topology, self._engine, request, routes, out)
+        num_chunks = max(routes.num_chunks)
+        depth, num_others = request.chunks.num_in_flight, len(forward)
+        lag = depth // num_others
+        receives = [
+            Message(node, sums.sections(num_rows).end)
+            for chunk in range(routes.num_chunks[own])
+            for node in backward
+            if (num_rows := len(routes.outgoing_in(node, chunk)))
+        ]
+        largest = min(routes.num_chunk_tokens, int(routes.num_tokens.max()))
+        # NOTE: a chunk's messages of all nodes are held at once, and those of the chunks that lag.
+        window = Window(sums.sections(largest + 1).end, depth, depth + num_others)
+        with link.transfer("combine: rows", window, receives) as transfer:
+            for step in range(num_chunks + lag):
+                for node in forward:
+                    if step < routes.num_chunks[node]:
+                        sums.send(transfer, node, step)
+                if 0 <= step - lag < routes.num_chunks[own]:
+                    sums.finish(transfer, step - lag)
 
 
 class Spread:
@@ -54,6 +196,7 @@ class Spread:
             self._inputs["topk_idx"] = request.topk.idx.numpy()
             self._inputs["topk_weights"] = request.topk.weights.numpy()
         self._numbers: dict[int, npt.NDArray[Any]] = {}
+        self.num_tokens_per_expert = np.zeros(0, np.int64)
 
     def route(self, first: routing.Ints, pairs: Sequence[npt.NDArray[np.int32]]) -> None:
         """Prepare for a dispatch without a handle.

@@ -25,6 +25,7 @@ class RailRoutes:
     Attributes:
         num_chunk_tokens: Tokens of a chunk.
         num_tokens: Tokens of each rank.
+        num_arriving: Rows that arrive at this rank from each rank.
         num_chunks: Chunks of each node, those of its rank with the most tokens.
         outgoing: By node, this rank's tokens that go there, ascending.
         incoming: By node, the tokens of this rank's rail peer that come here, ascending.
@@ -32,16 +33,19 @@ class RailRoutes:
             in this node.
         handles: What the node's engine returned for each node and chunk.
         first_rows: For each node and chunk, the row where each of the node's ranks begins.
+        on_device: What `device_rail_routes` adds, where rows are on GPUs.
     """
 
     num_chunk_tokens: int
     num_tokens: Ints
+    num_arriving: Ints
     num_chunks: list[int]
     outgoing: list[Ints]
     incoming: list[Ints]
     in_node: list[Bools]
     handles: dict[tuple[int, int], DispatchHandle] = field(default_factory=dict)
     first_rows: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    on_device: Any = None
 
     def tokens(self, num_tokens: int, chunk: int) -> slice:
         """Return a chunk's range of tokens, of a rank that has so many in all."""
@@ -67,6 +71,7 @@ def make_routes(
     mask: Bools,
     in_node: list[Bools],
     num_tokens: Ints,
+    num_arriving: Ints,
     num_chunk_tokens: int,
 ) -> RailRoutes:
     """Make the record of a dispatch.
@@ -76,6 +81,7 @@ def make_routes(
         mask: ``[num_tokens, num_ranks]`` where this rank's tokens go.
         in_node: See `RailRoutes`.
         num_tokens: Tokens of each rank.
+        num_arriving: See `RailRoutes`.
         num_chunk_tokens: Tokens of a chunk.
     """
     nodes = [list(topology.ranks_of(node)) for node in range(topology.num_nodes)]
@@ -83,6 +89,7 @@ def make_routes(
     return RailRoutes(
         num_chunk_tokens=num_chunk_tokens,
         num_tokens=num_tokens,
+        num_arriving=num_arriving,
         num_chunks=[-(-count // num_chunk_tokens) for count in most],
         outgoing=[np.flatnonzero(mask[:, ranks].any(axis=1)) for ranks in nodes],
         incoming=[np.flatnonzero(part.any(axis=1)) for part in in_node],

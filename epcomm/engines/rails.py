@@ -4,19 +4,15 @@ Dispatch: a row crosses once for each node that its token goes to, to the rank o
 there (the *rail peer*), and the node's engine spreads it as if it were the rail peer's own. Combine
 goes the same way back: summed in the node and rounded once for the wire, then added at the origin.
 
-Everything goes chunk by chunk (see `rail_routes`): while one chunk is spread or summed in the node,
-messages of others are under way. All ranks go through the same *rounds*: round k of a chunk, k from
-1, sends from every node n to node n + k, so that no node is everybody's first. Whoever waits in a
-round has sent what others wait for in that round and earlier ones, and what a full window waits for
-is received in earlier rounds: so some rank can always go on, whatever the window.
+Here ranks keep step and learn where rows go; `rail_moves` and `device_rail_moves` move them, in the
+CPU's memory and on GPUs.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +40,8 @@ from epcomm.engines.host import (
     check_layout,
     check_pairs,
     check_worst_tokens,
-    make_layout,
     row_values,
 )
-from epcomm.engines.rail_moves import Arrays, Spread, Sums
 from epcomm.engines.rail_routes import RailRoutes, make_routes
 from epcomm.engines.sections import Sections
 from epcomm.errors import (
@@ -59,7 +53,7 @@ from epcomm.errors import (
 )
 from epcomm.group import Group, MpiGroup
 from epcomm.handle import DispatchHandle
-from epcomm.rail_link import Message, RailLink, Window
+from epcomm.rail_link import Bytes, Message, RailLink, Window
 from epcomm.topology import Topology
 
 _AGREED_ROWS = ("hidden", "dtype", "num_scales", "scales_dtype")
@@ -81,6 +75,73 @@ GRACE_S = 2.0
 MakeEngine = Callable[[Group, Sequence[int]], NodeEngine]
 
 
+class Moves(Protocol):
+    """What depends on where rows are: `rail_moves` for the CPU's memory, `device_rail_moves`."""
+
+    def empty(self, num_bytes: int) -> Bytes:
+        """Return memory of the host for what MPI sends and receives."""
+        ...
+
+    def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
+        """See `Engine.make_layout`."""
+        ...
+
+    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, TopK | None]:
+        """Return the same in memory of the host, without the tokens by node."""
+        ...
+
+    def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
+        """Copy an array of the host to one where rows are."""
+        ...
+
+    def check(self, request: DispatchRequest | CombineRequest, max_tokens: int = 0) -> None:
+        """Raise InvalidArgument if the node's engine would, before anything is sent.
+
+        Args:
+            request: The call.
+            max_tokens: Most tokens of any rank, as far as known.
+        """
+        ...
+
+    def dispatch(
+        self,
+        link: RailLink,
+        request: DispatchRequest,
+        routes: RailRoutes,
+        pairs: Sequence[npt.NDArray[np.int32]] | None,
+        out: DispatchInto,
+    ) -> npt.NDArray[np.int64]:
+        """Send, receive and spread all rows.
+
+        Args:
+            link: The way to the rail peers.
+            request: The call.
+            routes: Where rows go; with ``pairs`` the record of a new handle, to be completed.
+            pairs: By node, the rail peer's choices of each of this node's experts; None where the
+                handle is an earlier dispatch's.
+            out: The outputs, without ``first_rows``; rows behind the last that arrives get no
+                choices.
+
+        Returns:
+            Pairs that arrive for each local expert; with a handle nothing of worth.
+        """
+        ...
+
+    def combine(
+        self, link: RailLink, request: CombineRequest, routes: RailRoutes, out: CombineResult
+    ) -> None:
+        """Sum in the node and send, receive and sum here, all rows."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the staging memory."""
+        ...
+
+
+#: Makes what moves the rows of a node.
+MakeMoves = Callable[[Topology, NodeEngine], Moves]
+
+
 class RailsEngine:
     """See `epcomm.engines.base.Engine`. Construction is collective.
 
@@ -88,6 +149,7 @@ class RailsEngine:
         group: The ranks.
         topology: Their nodes, more than one.
         make_engine: Makes the engine of this rank's node; its waits should last `GRACE_S` longer.
+        make_moves: Makes what moves the rows.
         num_bytes: Staging memory to reserve; grows when a call needs more.
         timeout_s: Deadline of every wait, in seconds.
         buffer_id: Marks the handles of this engine's Buffer.
@@ -98,6 +160,7 @@ class RailsEngine:
         group: Group,
         topology: Topology,
         make_engine: MakeEngine,
+        make_moves: MakeMoves,
         num_bytes: int,
         timeout_s: float,
         buffer_id: int,
@@ -119,6 +182,7 @@ class RailsEngine:
         self._node_group = _NodeGroup(topology.split_by_node(group), self._progress)
         self._rail_group = group.split(index)
         self._engine = make_engine(self._node_group, self._ranks)
+        self._moves = make_moves(topology, self._engine)
         self.name = f"{self._engine.name}+rails"
         self._link = RailLink(
             group.split(index),
@@ -127,6 +191,7 @@ class RailsEngine:
             num_bytes,
             self._engine.check_failed,
             self._engine.fail,
+            self._moves.empty,
         )
         #: The other nodes in the order in which this rank sends to them, and receives from them.
         self._forward = topology.nodes_after()
@@ -140,7 +205,7 @@ class RailsEngine:
     # --- what the node's engine does -----------------------------------------------------------
 
     def slab_bytes(self) -> int:
-        """See `Engine.slab_bytes`; with the staging memory."""
+        """See `Engine.slab_bytes`; with the memory in which rows are staged for MPI."""
         return self._engine.slab_bytes() + self._link.memory.size
 
     def active(self) -> AbstractContextManager[Any]:
@@ -165,7 +230,7 @@ class RailsEngine:
 
     def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
         """See `Engine.make_layout`."""
-        return make_layout(topk_idx, num_experts, self._topology, allocate)
+        return self._moves.make_layout(topk_idx, num_experts, allocate)
 
     def local_memory(self, is_low_latency: bool) -> ArrayView:
         """See `Engine.local_memory`; with True the memory in which rows are staged for MPI."""
@@ -176,6 +241,7 @@ class RailsEngine:
     def close(self, is_collective: bool) -> None:
         """See `Engine.close`."""
         self._engine.close(is_collective)
+        self._moves.close()
         self._link.close()
 
     # --- keeping step --------------------------------------------------------------------------
@@ -260,8 +326,9 @@ class RailsEngine:
             return self._dispatch_first(request)
 
     def _dispatch_first(self, request: DispatchRequest) -> DispatchResult:
-        layout, topk = request.layout, request.topk
-        assert layout is not None  # the Buffer gives it or a handle
+        self._moves.check(request)
+        assert request.layout is not None  # the Buffer gives it or a handle
+        layout, topk = self._moves.fetch(request.layout, request.topk)
         mask = layout.is_token_in_rank.numpy()
         per_rank = layout.num_tokens_per_rank.numpy()
         per_expert = layout.num_tokens_per_expert.numpy()
@@ -279,13 +346,15 @@ class RailsEngine:
             "num_worst_tokens": request.num_worst_tokens,
         }
         said, counts = self._agree(_DISPATCH, values, per_rank)
+        self._moves.check(request, int(said["num_tokens"].max()))
         check_worst_tokens(counts.sum(axis=0), said["num_worst_tokens"])
         in_node, pairs = self._exchange_routes(mask, per_expert, said["num_tokens"])
         routes = make_routes(
-            self._topology, mask, in_node, said["num_tokens"], request.chunks.num_tokens
+            *(self._topology, mask, in_node, said["num_tokens"]),
+            num_arriving=counts[:, self._topology.rank],
+            num_chunk_tokens=request.chunks.num_tokens,
         )
-        me = self._topology.rank
-        num_recv_tokens = int(counts[:, me].sum())
+        num_recv_tokens = int(routes.num_arriving.sum())
         self._num_dispatches += 1
         handle = DispatchHandle(
             buffer_id=self._buffer_id,
@@ -295,26 +364,16 @@ class RailsEngine:
             num_recv_tokens=num_recv_tokens,
             routing=routes,
         )
-        spread = Spread(
-            self._topology,
-            self._engine,
-            request,
-            routes,
-            _allocate_outputs(request, handle.num_recv_rows),
-        )
-        spread.route(routing.first_positions(counts)[:, me], pairs)
-        self._run_dispatch(request, routes, spread)
-        out = spread.out
-        if out.topk is not None:
-            out.topk.idx.numpy()[num_recv_tokens:] = -1
+        out = _allocate_outputs(request, handle.num_recv_rows)
+        found = self._moves.dispatch(self._link, request, routes, pairs, out).tolist()
         per_local_expert: list[int] = []
         if not request.num_worst_tokens:
             alignment = request.expert_alignment
-            found = spread.num_tokens_per_expert.tolist()
             per_local_expert = [routing.round_up(count, alignment) for count in found]
         return DispatchResult(out.data, out.scales, out.topk, per_local_expert, handle)
 
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
+        self._moves.check(request)
         values = {
             **row_values(request),
             "handle": handle.serial,
@@ -322,8 +381,7 @@ class RailsEngine:
         }
         self._agree(_DISPATCH_AGAIN, values)
         out = _allocate_outputs(request, handle.num_recv_rows)
-        spread = Spread(self._topology, self._engine, request, handle.routing, out)
-        self._run_dispatch(request, handle.routing, spread)
+        self._moves.dispatch(self._link, request, handle.routing, None, out)
         return DispatchResult(out.data, out.scales, None, [], handle)
 
     def _exchange_routes(
@@ -345,7 +403,7 @@ class RailsEngine:
                 {"mask": (shape, mask.dtype), "pairs": ((shape[1], num_local), per_expert.dtype)}
             )
 
-        def part(node: int) -> Arrays:
+        def part(node: int) -> dict[str, npt.NDArray[Any]]:
             ranks = list(topology.ranks_of(node))
             return {"mask": mask[:, ranks], "pairs": by_rank[ranks]}
 
@@ -372,53 +430,6 @@ class RailsEngine:
             [found[node]["pairs"].reshape(-1) for node in nodes],
         )
 
-    def _run_dispatch(self, request: DispatchRequest, routes: RailRoutes, spread: Spread) -> None:
-        """Send, receive and spread all chunks."""
-        own, num_chunks = self._topology.node, max(routes.num_chunks)
-        sends = deque(
-            (chunk, k, node)
-            for chunk in range(num_chunks)
-            for k, node in enumerate(self._forward, start=1)
-            if len(routes.outgoing_in(node, chunk))
-        )
-        receives = [
-            Message(node, spread.sections(num_rows).end)
-            for chunk in range(num_chunks)
-            for node in self._backward
-            if (num_rows := len(routes.incoming_in(node, chunk)))
-        ]
-        largest = spread.sections(min(routes.num_chunk_tokens, int(routes.num_tokens.max())))
-        depth = request.chunks.num_in_flight
-        window = Window(largest.end, depth, depth)
-        with self._link.transfer("dispatch: rows", window, receives) as transfer:
-
-            def send_next() -> None:
-                chunk, _, node = sends.popleft()
-                spread.send(transfer, node, chunk)
-
-            def pump() -> None:
-                while sends and transfer.can_send():
-                    send_next()
-
-            for chunk in range(num_chunks):
-                for k, node in enumerate((own, *self._backward)):
-                    if chunk >= routes.num_chunks[node]:
-                        continue
-                    # NOTE: while it waits in its node a rank sends nothing, so what the same round
-                    # of another node waits for is sent before: else nodes could wait in a circle.
-                    while sends and sends[0][:2] <= (chunk, k):
-                        send_next()
-                    pump()
-                    num_rows = len(routes.incoming_in(node, chunk)) if node != own else 0
-                    if num_rows:
-                        slot = transfer.receive(pump)
-                        spread.spread(node, chunk, spread.part_in(slot, num_rows))
-                        transfer.release()
-                    else:
-                        spread.spread(node, chunk, spread.own_part(node, chunk))
-            while sends:
-                send_next()
-
     # --- combine -------------------------------------------------------------------------------
 
     def combine(self, request: CombineRequest) -> CombineResult:
@@ -432,6 +443,7 @@ class RailsEngine:
             "num_in_flight": request.chunks.num_in_flight,
         }
         with self._calling(_COMBINE):
+            self._moves.check(request)
             self._agree(_COMBINE, values)
             num_tokens = request.handle.num_tokens
             out = CombineResult(
@@ -440,37 +452,8 @@ class RailsEngine:
                 if weights is None
                 else request.allocate((num_tokens, weights.shape[1]), weights.dtype),
             )
-            self._run_combine(request, out)
+            self._moves.combine(self._link, request, request.handle.routing, out)
         return out
-
-    def _run_combine(self, request: CombineRequest, out: CombineResult) -> None:
-        """Sum in the node and send, receive and sum here, all chunks.
-
-        A chunk's sums are finished some chunks after this node's sums of it were sent, so that
-        the other nodes' have time to arrive.
-        """
-        routes: RailRoutes = request.handle.routing
-        own = self._topology.node
-        sums = Sums(self._topology, self._engine, request, routes, out)
-        num_chunks = max(routes.num_chunks)
-        depth, num_others = request.chunks.num_in_flight, len(self._forward)
-        lag = depth // num_others
-        receives = [
-            Message(node, sums.sections(num_rows).end)
-            for chunk in range(routes.num_chunks[own])
-            for node in self._backward
-            if (num_rows := len(routes.outgoing_in(node, chunk)))
-        ]
-        largest = min(routes.num_chunk_tokens, int(routes.num_tokens.max()))
-        # NOTE: a chunk's messages of all nodes are held at once, and those of the chunks that lag.
-        window = Window(sums.sections(largest + 1).end, depth, depth + num_others)
-        with self._link.transfer("combine: rows", window, receives) as transfer:
-            for step in range(num_chunks + lag):
-                for node in self._forward:
-                    if step < routes.num_chunks[node]:
-                        sums.send(transfer, node, step)
-                if 0 <= step - lag < routes.num_chunks[own]:
-                    sums.finish(transfer, step - lag)
 
     # --- low latency ---------------------------------------------------------------------------
 
@@ -488,7 +471,7 @@ class RailsEngine:
 
     def copy_masks(self, out: ArrayView) -> None:
         """See `Engine.copy_masks`: nobody is masked."""
-        out.numpy()[...] = 0
+        self._moves.put(np.zeros(out.shape, out.dtype), out)
 
     def set_masked(self, rank: int, is_masked: bool) -> None:
         """See `Engine.set_masked`; refused."""

@@ -24,7 +24,7 @@ class Sections:
     """
 
     def __init__(self, spec: Spec, start: int = 0) -> None:
-        self._spec = spec
+        self.spec = spec
         self._offsets: dict[str, int] = {}
         end = start
         for name, (shape, dtype) in spec.items():
@@ -34,9 +34,13 @@ class Sections:
         #: Byte after the last array.
         self.end = end
 
+    def offset(self, name: str) -> int:
+        """Return the byte where an array begins."""
+        return self._offsets[name]
+
     def view(self, slab: npt.NDArray[np.uint8], name: str) -> npt.NDArray[Any]:
         """Return one of the arrays in a slab."""
-        shape, dtype = self._spec[name]
+        shape, dtype = self.spec[name]
         start = self._offsets[name]
         num_bytes = math.prod(shape) * dtype.itemsize
         return slab[start : start + num_bytes].view(dtype).reshape(shape)

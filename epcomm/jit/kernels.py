@@ -198,8 +198,8 @@ def all_specs(has_bulk: bool) -> Iterator[KernelSpec]:
         for num_stages in cuda_tuning.STAGES:
             yield dispatch_spec(num_ranks, has_bulk, num_stages)
         for dtype in COMBINE_DTYPES:
-            for shape in cuda_tuning.combine_shapes(num_ranks):
-                for has_further in (False, True):
+            for has_further in (False, True):
+                for shape in cuda_tuning.combine_shapes(num_ranks, has_further):
                     yield combine_spec(num_ranks, has_bulk, dtype, shape, has_further)
         for is_fp8 in (False, True):
             yield low_latency_dispatch_spec(num_ranks, is_fp8, cuda_tuning.LOW_LATENCY_GRID)

@@ -134,7 +134,7 @@ class _Rank:
         )
 
     def check(self) -> None:
-        error = cuda_failures.error_in(self.record, self.rank, self.size, self.timeout_s)
+        error = cuda_failures.error_in(self.record, self.rank, range(self.size), self.timeout_s)
         if error is not None:
             raise error
 

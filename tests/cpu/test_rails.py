@@ -73,3 +73,14 @@ def test_unequal_nodes_are_refused(mpiexec: Mpiexec) -> None:
 
 def test_low_latency_calls_are_refused(mpiexec: Mpiexec) -> None:
     between_nodes(mpiexec, "rails_fail", 4, 2, "refused", timeout_s=30)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "ranks_per_node"),
+    [("torch", 4, 2), ("torch", 4, 1), ("cupy", 6, 2), ("jax", 4, 2)],
+)
+def test_contract_with_rows_on_gpus(
+    mpiexec: Mpiexec, kind: str, num_ranks: int, ranks_per_node: int
+) -> None:
+    """The moves of GPU rows, on GPUs that are none; see ranks/fake_gpu.py."""
+    between_nodes(mpiexec, "fake_gpu", num_ranks, ranks_per_node, kind, "--rails", *PROGRAMS)

@@ -27,7 +27,7 @@ from epcomm import (
 )
 from epcomm.arguments import Place
 from epcomm.arrays import CPU, ArrayView, Device, view_numpy
-from epcomm.engines import choose_engine, is_staged
+from epcomm.engines import choose_engine
 
 fake_gpu = importlib.import_module("fake_gpu")
 frames = importlib.import_module("frames")
@@ -266,33 +266,17 @@ def test_names_and_memory(frame: Any, buffer: Buffer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "num_nodes", "wanted", "device", "engine", "staged"),
+    ("num_gpus", "wanted", "engine"),
     [
-        (0, 1, "auto", None, "host", False),
-        (0, 2, "auto", None, "host", False),
-        (2, 1, "auto", None, "cuda", False),
-        (2, 1, "auto", 1, "cuda", False),
-        (2, 2, "auto", None, "host", True),
-        (2, 2, "auto", 1, "host", True),
-        (2, 1, "host", None, "host", False),
-        (2, 2, "host", None, "host", False),
-        (2, 1, "host", 0, "host", True),
-        (2, 2, "host", 0, "host", True),
-        (2, 2, "cuda", None, "cuda", False),
+        (0, "auto", "host"),
+        (2, "auto", "cuda"),
+        (2, "host", "host"),
+        (2, "cuda", "cuda"),
     ],
 )
-def test_choice(
-    monkeypatch: pytest.MonkeyPatch,
-    num_gpus: int,
-    num_nodes: int,
-    wanted: str,
-    device: int | None,
-    engine: str,
-    staged: bool,
-) -> None:
+def test_choice(monkeypatch: pytest.MonkeyPatch, num_gpus: int, wanted: str, engine: str) -> None:
     monkeypatch.setattr(engines, "find_num_gpus", lambda: num_gpus)
-    assert choose_engine(wanted, num_nodes) == engine
-    assert is_staged(wanted, num_nodes, device) == staged
+    assert choose_engine(wanted) == engine
 
 
 def test_size_hint_is_that_of_the_engine_that_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:

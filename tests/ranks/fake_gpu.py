@@ -2,7 +2,8 @@
 
     fake_gpu.py KIND PROGRAM...
 
-runs contract programs under mpiexec with every Buffer staged through it.
+runs contract programs under mpiexec with every Buffer staged through it; with ``--rails`` the rows
+of all Buffers cross between nodes as those of GPUs do, and the node's engine is staged.
 
 What a stream holds is done when somebody waits for it, and not before. So an engine that does not
 wait for its inputs computes with poison, and a caller whose stream does not wait for the outputs
@@ -29,10 +30,19 @@ import numpy as np
 import numpy.typing as npt
 from frames import NumpyFrame, poison, poisoned_outputs
 
-from epcomm import Buffer, streams
+from epcomm import Buffer, buffer, streams
 from epcomm.arrays import CPU, ArrayView, view_numpy
+from epcomm.engines.base import (
+    CombineRequest,
+    CombineResult,
+    DispatchRequest,
+    DispatchResult,
+    FurtherRows,
+)
+from epcomm.engines.device_rail_moves import DeviceMoves
 from epcomm.engines.staged import StagedEngine
 from epcomm.frameworks.numpy import NumpyFramework
+from epcomm.topology import Topology
 
 #: Kinds of framework: whether it has streams that callers see, and orders its memory by them.
 KINDS = {"torch": (True, True), "cupy": (True, False), "jax": (False, False)}
@@ -85,8 +95,10 @@ class FakeEvent:
 
     @property
     def done(self) -> bool:
-        """Whether it has passed."""
-        return self._stream.has_run(self._end)
+        """Whether it has passed; it has when one asks again."""
+        was_done = self._stream.has_run(self._end)
+        self.synchronize()
+        return was_done
 
     def synchronize(self) -> None:
         """Wait for it."""
@@ -170,6 +182,98 @@ class FakeCopies:
         _streams[stream].run()
 
 
+class FakeRowCopies(FakeCopies):
+    """See `epcomm.engines.device_rail_moves.RowCopies`."""
+
+    def new_stream(self) -> FakeStream:
+        """See `RowCopies.new_stream`."""
+        return FakeStream()
+
+    def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
+        """See `RowCopies.copy`."""
+        _streams[stream].add(lambda: ctypes.memmove(to, source, num_bytes))
+
+    def set_bits(self, ptr: int, num_bytes: int, stream: int) -> None:
+        """See `RowCopies.set_bits`."""
+        _streams[stream].add(lambda: ctypes.memset(ptr, 0xFF, num_bytes))
+
+    def gather(self, rows: ArrayView, idx: ArrayView, to: int, stream: int) -> None:
+        """See `RowCopies.gather`."""
+
+        def gather() -> None:
+            picked = np.ascontiguousarray(rows.numpy()[idx.numpy()])
+            ctypes.memmove(to, picked.ctypes.data, picked.nbytes)
+
+        _streams[stream].add(gather)
+
+    def look_up(self, table: ArrayView, idx: ArrayView, stream: int) -> None:
+        """See `RowCopies.look_up`."""
+
+        def look_up() -> None:
+            choices = idx.numpy()
+            choices[...] = table.numpy()[choices]
+
+        _streams[stream].add(look_up)
+
+
+class FakeNodeEngine(StagedEngine):
+    """A staged host engine that takes a node's parts as the cuda engine does."""
+
+    def call_stream(self) -> int:
+        """See `NodeEngine.call_stream`."""
+        return self._stream
+
+    def check_part(self, request: Any, max_tokens: int) -> None:
+        """See `NodeEngine.check_part`."""
+
+    def fail(self, missed: int) -> None:
+        """See `NodeEngine.fail`."""
+        self._inner.fail(missed)
+
+    def check_failed(self, phase: str) -> None:
+        """See `NodeEngine.check_failed`."""
+        self._inner.check_failed(phase)
+
+    def dispatch(self, request: DispatchRequest) -> DispatchResult:
+        """See `Engine.dispatch`."""
+        into = request.into
+        assert into is not None
+        # In the order in which the staged engine allocates.
+        outputs = [into.data] if into.scales is None else [into.data, into.scales]
+        if into.topk is not None:
+            outputs = [into.topk.idx, into.topk.weights, *outputs]
+        ready = iter(outputs)
+        return super().dispatch(request._replace(into=None, allocate=lambda *_: next(ready)))
+
+    def combine(self, request: CombineRequest) -> CombineResult:
+        """See `Engine.combine`."""
+        assert request.into is not None
+        ready = iter(request.into)
+        sums = request.further_sums
+        further: list[FurtherRows] = []
+        if sums is not None:
+            data, places = self._fetch(sums.data), self._fetch(sums.places)
+            weights = None if sums.topk_weights is None else self._fetch(sums.topk_weights)
+            self._wait()
+            further = [
+                FurtherRows(
+                    _with_spare(data.numpy()),
+                    None if weights is None else _with_spare(weights.numpy()),
+                    np.where(column < 0, len(data.numpy()), column).astype(np.int64),
+                )
+                for column in places.numpy().T
+            ]
+        return super().combine(
+            request._replace(
+                into=None, allocate=lambda *_: next(ready), further=further, further_sums=None
+            )
+        )
+
+
+def _with_spare(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([rows, np.full_like(rows, -0.0, shape=(1, rows.shape[1]))])
+
+
 class CheckedEngine(StagedEngine):
     """Fails a call that leaves anything of the caller's unread."""
 
@@ -184,9 +288,11 @@ class FakeFrame(NumpyFrame):
 
     Args:
         kind: One of `KINDS`.
+        has_rails: Whether rows cross between nodes as those of GPUs do.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, has_rails: bool = False) -> None:
+        self._has_rails = has_rails
         self._has_streams, self._tracks_streams = KINDS[kind]
 
     def numpy(self, array: Any) -> npt.NDArray[Any]:
@@ -210,10 +316,19 @@ class FakeFrame(NumpyFrame):
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Make NumPy a framework of this kind, and stage every Buffer."""
-        make_engine, empty = Buffer._make_engine, NumpyFramework.empty
+        make_engine, make_host = Buffer._make_engine, Buffer._make_host
+        empty = NumpyFramework.empty
 
-        def make_staged(buffer: Buffer, *args: Any) -> StagedEngine:
+        def make_staged(buffer: Buffer, *args: Any) -> Any:
+            if self._has_rails:
+                return make_engine(buffer, *args)
             return CheckedEngine(make_engine(buffer, *args), FakeCopies(), CPU)
+
+        def make_staged_node(buffer: Buffer, *args: Any) -> StagedEngine:
+            return FakeNodeEngine(make_host(buffer, *args), FakeCopies(), CPU)
+
+        def make_device_moves(topology: Topology, engine: Any) -> DeviceMoves:
+            return DeviceMoves(topology, engine, FakeRowCopies(), CPU)
 
         def make_held(framework: Any, *args: Any) -> ArrayView:
             # As where memory is freed in the order of streams: their work is done before.
@@ -226,7 +341,9 @@ class FakeFrame(NumpyFrame):
             return _current().ptr if self._has_streams else None
 
         changed: dict[Any, dict[str, Any]] = {
-            Buffer: {"_make_engine": make_staged},
+            Buffer: {"_make_engine": make_staged}
+            | ({"_make_host": make_staged_node} if self._has_rails else {}),
+            buffer: {"HostMoves": make_device_moves} if self._has_rails else {},
             NumpyFramework: {
                 "empty": make_held,
                 "has_streams": self._has_streams,
@@ -242,7 +359,8 @@ class FakeFrame(NumpyFrame):
         }
         with ExitStack() as stack:
             for owner, attributes in changed.items():
-                stack.enter_context(mock.patch.multiple(owner, **attributes))
+                if attributes:
+                    stack.enter_context(mock.patch.multiple(owner, **attributes))
             yield
 
 
@@ -250,12 +368,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("programs", nargs="+")
+    parser.add_argument("--rails", action="store_true")
     options = parser.parse_args()
     from mpi4py import MPI
 
     rank = MPI.COMM_WORLD.rank
     warnings.simplefilter("error")
-    frame = FakeFrame(options.kind)
+    frame = FakeFrame(options.kind, options.rails)
     lines = []
     with poisoned_outputs(frame):
         for name in options.programs:

@@ -1,0 +1,541 @@
+"""Calls between nodes whose rows are on GPUs: what `rail_moves` is for rows in CPU memory.
+
+What crosses goes through pinned memory, a chunk at a time: gathered on the GPU and copied to the
+host, then sent; received, then copied to this rank's GPU. The node's engine takes all rows of a
+rail peer at once, as they cross: those of its tokens that come here and no others. So one kernel
+spreads a node's rows, and one sums them, and the sums are what goes back.
+
+Round k exchanges with the nodes k further and k before. When a round's messages are through, the
+node's engine spreads what has come; before a round's it sums what goes. So a rank that waits in its
+node has sent all of this round, or of those before; and of all ranks that wait, the one in the
+earliest round can go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from epcomm import streams
+from epcomm.arrays import ArrayView, Device, packed_strides, view_numpy
+from epcomm.engines.base import (
+    Allocate,
+    CombineRequest,
+    CombineResult,
+    DispatchInto,
+    DispatchRequest,
+    FurtherSums,
+    LayoutViews,
+    NodeEngine,
+    TopK,
+)
+from epcomm.engines.device_rail_routes import (
+    DeviceRoutes,
+    Part,
+    Run,
+    chunks_of,
+    make_device_routes,
+)
+from epcomm.engines.host import make_layout
+from epcomm.engines.rail_routes import RailRoutes
+from epcomm.engines.sections import Sections
+from epcomm.engines.staged import Copies
+from epcomm.rail_link import Bytes, Message, RailLink, Transfer, Window
+from epcomm.topology import Topology
+
+_INT64 = np.dtype(np.int64)
+
+#: Arrays on the GPU, row i of all of them being of one token.
+_Rows = dict[str, ArrayView]
+
+
+class RowCopies(Copies, Protocol):
+    """Copies to and from a GPU, and what moves rows on it."""
+
+    def new_stream(self) -> Any:
+        """Return a stream, with its handle as ``ptr``."""
+        ...
+
+    def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
+        """Queue the copy from one address of the GPU to another."""
+        ...
+
+    def set_bits(self, ptr: int, num_bytes: int, stream: int) -> None:
+        """Queue what sets every bit of some memory of the GPU."""
+        ...
+
+    def gather(self, rows: ArrayView, idx: ArrayView, to: int, stream: int) -> None:
+        """Queue the copy of ``rows[idx]``, row-major, to an address.
+
+        Args:
+            rows: ``[n, width]`` of any strides.
+            idx: ``[m] int64``.
+            to: The address.
+            stream: Handle of the stream.
+        """
+        ...
+
+    def look_up(self, table: ArrayView, idx: ArrayView, stream: int) -> None:
+        """Queue what replaces each i of a contiguous array by ``table[i]``, -1 by the last."""
+        ...
+
+
+class _Piece(NamedTuple):
+    """One message of an exchange.
+
+    Attributes:
+        num_bytes: Its size.
+        copy: Queues its copy into a slot, or out of one.
+    """
+
+    num_bytes: int
+    copy: Callable[[Bytes], None]
+
+
+class DeviceMoves:
+    """See `epcomm.engines.rails.Moves`.
+
+    Args:
+        topology: The nodes.
+        engine: Of this rank's node.
+        copies: Of this rank's GPU.
+        device: That GPU.
+    """
+
+    def __init__(
+        self, topology: Topology, engine: NodeEngine, copies: RowCopies, device: Device
+    ) -> None:
+        self._topology, self._engine = topology, engine
+        self._copies, self._device = copies, device
+        with copies.active():
+            self._to_host, self._to_device = copies.new_stream(), copies.new_stream()
+        #: Staging memory by its use, and its bytes.
+        self._staging: dict[str, tuple[Any, int]] = {}
+
+    def empty(self, num_bytes: int) -> Bytes:
+        """See `Moves.empty`: pinned memory."""
+        return self._copies.empty_on_host(num_bytes)
+
+    def close(self) -> None:
+        """See `Moves.close`."""
+        self._staging.clear()
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def _stage(self, use: str, num_bytes: int) -> int:
+        """Return the address of staging memory; what lay in it is lost where it grows.
+
+        NOTE: CUDA may wait for kernels when it allocates, so a call asks for all before it runs.
+        """
+        if use not in self._staging or self._staging[use][1] < num_bytes:
+            self._staging.pop(use, None)
+            self._staging[use] = (self._copies.empty_on_device(max(1, num_bytes)), num_bytes)
+        return int(self._staging[use][0].ptr)
+
+    def _view(
+        self, ptr: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: Any = None
+    ) -> ArrayView:
+        strides = packed_strides(shape, dtype)
+        return ArrayView(ptr, shape, strides, dtype, self._device, False, owner)
+
+    def _rows_at(self, ptr: int, sections: Sections, names: Sequence[str]) -> _Rows:
+        """Return the arrays that lie at an address."""
+        return {
+            name: self._view(ptr + sections.offset(name), *sections.spec[name]) for name in names
+        }
+
+    def _upload(self, array: npt.NDArray[Any]) -> ArrayView:
+        memory = self._copies.empty_on_device(max(1, array.nbytes))
+        view = self._view(memory.ptr, array.shape, array.dtype, memory)
+        self.put(array, view)
+        return view
+
+    def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
+        """See `Moves.put`; waits, as the array may go."""
+        stream = self._engine.call_stream()
+        if array.size:
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            self._copies.to_device(raw, view.ptr, stream)
+            self._copies.synchronize(stream)
+
+    def _fetch(self, views: Sequence[ArrayView]) -> list[npt.NDArray[Any]]:
+        """Wait for contiguous arrays of the GPU, and return what they hold."""
+        stream, found = self._engine.call_stream(), []
+        for view in views:
+            memory = self._copies.empty_on_host(view.num_bytes)
+            if view.num_bytes:
+                self._copies.to_host(view.ptr, memory, stream)
+            found.append(memory.view(view.dtype).reshape(view.shape))
+        self._copies.synchronize(stream)
+        return found
+
+    # --- layout --------------------------------------------------------------------------------
+
+    def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
+        """See `Moves.make_layout`: counted on the host, which a dispatch needs it on."""
+        (idx,) = self._fetch([topk_idx])
+        made = make_layout(
+            *(view_numpy(idx), num_experts, self._topology),
+            lambda shape, dtype: view_numpy(np.empty(shape, dtype)),
+        )
+        given = []
+        for host in made:
+            view = None if host is None else allocate(host.shape, host.dtype)
+            if host is not None and view is not None:
+                self.put(host.numpy(), view)
+            given.append(view)
+        per_rank, per_node, per_expert, in_rank = given
+        assert per_rank is not None
+        assert per_expert is not None
+        assert in_rank is not None
+        return LayoutViews(per_rank, per_node, per_expert, in_rank)
+
+    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, TopK | None]:
+        """See `Moves.fetch`."""
+        per_rank, per_expert, in_rank, *choices = (
+            view_numpy(array)
+            for array in self._fetch(
+                [
+                    layout.num_tokens_per_rank,
+                    layout.num_tokens_per_expert,
+                    layout.is_token_in_rank,
+                    *(topk or ()),
+                ]
+            )
+        )
+        return LayoutViews(per_rank, None, per_expert, in_rank), TopK(*choices) if topk else None
+
+    def check(self, request: DispatchRequest | CombineRequest, max_tokens: int = 0) -> None:
+        """See `Moves.check`."""
+        self._engine.check_part(request, max_tokens)
+
+    # --- messages ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Let copies begin behind what the call's stream holds; end when all are done."""
+        begun = streams.record(self._engine.call_stream())
+        for stream in (self._to_host, self._to_device):
+            streams.wait(stream.ptr, begun)
+        try:
+            yield
+        finally:
+            # Whatever happened, nobody else may use this memory while it is copied.
+            for stream in (self._to_host, self._to_device):
+                self._copies.synchronize(stream.ptr)
+
+    def _exchange(
+        self,
+        transfer: Transfer,
+        to: int,
+        sends: Sequence[_Piece],
+        source: int,
+        receives: Sequence[_Piece],
+    ) -> None:
+        """Send all messages of a round to one node, and receive all from another."""
+        to_fill, filling, emptying = deque(sends), deque[tuple[Any, int]](), deque[Any]()
+
+        def pump() -> bool:
+            while emptying and emptying[0].done:
+                emptying.popleft()
+                transfer.release()
+            while filling and filling[0][0].done:
+                transfer.send(to, filling.popleft()[1])
+            while to_fill and transfer.can_send():
+                piece = to_fill.popleft()
+                piece.copy(transfer.next_send_slot())
+                filling.append((streams.record(self._to_host.ptr), piece.num_bytes))
+            return not (to_fill or filling)
+
+        def has_room() -> bool:
+            pump()
+            return transfer.num_free > 0
+
+        for piece in receives:
+            transfer.wait(has_room, source)
+            piece.copy(transfer.receive(pump))
+            emptying.append(streams.record(self._to_device.ptr))
+        transfer.wait(pump, to)
+        transfer.finish()
+        for event in emptying:
+            event.synchronize()
+            transfer.release()
+
+    # --- dispatch ------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        link: RailLink,
+        request: DispatchRequest,
+        routes: RailRoutes,
+        pairs: Sequence[npt.NDArray[np.int32]] | None,
+        out: DispatchInto,
+    ) -> npt.NDArray[np.int64]:
+        """See `Moves.dispatch`."""
+        topology, stream = self._topology, self._engine.call_stream()
+        before, after = topology.nodes_before(), topology.nodes_after()
+        if pairs is not None:
+            assert request.layout is not None
+            num_experts = request.layout.num_tokens_per_expert.shape[0]
+            routes.on_device = make_device_routes(
+                topology, routes, pairs, num_experts, self._upload
+            )
+        known: DeviceRoutes = routes.on_device
+        inputs, outputs = _inputs_of(request), _outputs_of(out)
+        num_chunk_rows = routes.num_chunk_tokens
+        most = max(known.parts[node].num_rows for node in before)
+        longest = max(most, *(len(routes.outgoing[node]) for node in after))
+        largest = _sections(inputs, min(num_chunk_rows, longest)).end
+        gathered = self._stage("gathered", largest)
+        received = [self._stage(f"received {i}", _sections(inputs, most).end) for i in range(2)]
+        self._stage_parts(known, outputs)
+        own = self._own_rows(known, inputs)
+
+        def piece_to(node: int, run: Run) -> _Piece:
+            sections = _sections(inputs, run.num_rows)
+
+            def copy(slot: Bytes) -> None:
+                rows = self._rows_at(gathered, sections, list(inputs))
+                tokens = _rows_of(known.outgoing[node], run)
+                for name, view in inputs.items():
+                    self._copies.gather(view, tokens, rows[name].ptr, self._to_host.ptr)
+                if "topk_idx" in rows:
+                    table = known.numbers[node]
+                    self._copies.look_up(table, rows["topk_idx"], self._to_host.ptr)
+                self._copies.to_host(gathered, slot[: sections.end], self._to_host.ptr)
+
+            return _Piece(sections.end, copy)
+
+        def piece_from(rows: _Rows, run: Run) -> _Piece:
+            return self._piece_into({name: _rows_of(view, run) for name, view in rows.items()})
+
+        incoming = {node: chunks_of(known.parts[node].num_rows, num_chunk_rows) for node in before}
+        messages = [
+            Message(node, _sections(inputs, run.num_rows).end)
+            for node in before
+            for run in incoming[node]
+        ]
+        depth = request.chunks.num_in_flight
+        window = Window(largest, depth, depth)
+        with link.transfer("dispatch: rows", window, messages) as transfer, self._copying():
+            counts = self._spread(known.parts[topology.node], request, own, outputs)
+            done: list[Any] = [None, None]
+            for k, (to, source) in enumerate(zip(after, before, strict=True)):
+                if done[k % 2] is not None:
+                    streams.wait(self._to_device.ptr, done[k % 2])
+                part = known.parts[source]
+                sections = _sections(inputs, part.num_rows)
+                rows = self._rows_at(received[k % 2], sections, list(inputs))
+                runs = chunks_of(len(routes.outgoing[to]), num_chunk_rows)
+                self._exchange(
+                    *(transfer, to, [piece_to(to, run) for run in runs]),
+                    *(source, [piece_from(rows, run) for run in incoming[source]]),
+                )
+                streams.wait(stream, streams.record(self._to_device.ptr))
+                counts = counts + self._spread(part, request, rows, outputs)
+                done[k % 2] = streams.record(stream)
+        if out.topk is not None:
+            # With num_worst_tokens rows are left.
+            idx, num_recv = out.topk.idx, int(routes.num_arriving.sum())
+            left = _rows_of(idx, Run(num_recv, idx.shape[0] - num_recv))
+            if left.num_bytes:
+                self._copies.set_bits(left.ptr, left.num_bytes, stream)
+        return counts
+
+    def _own_rows(self, known: DeviceRoutes, inputs: _Rows) -> _Rows:
+        """Return this rank's rows, with the experts' numbers in the node."""
+        if "topk_idx" not in inputs:
+            return inputs
+        view, stream = inputs["topk_idx"], self._engine.call_stream()
+        choices = self._view(self._stage("own choices", view.num_bytes), view.shape, view.dtype)
+        if view.num_bytes:
+            self._copies.copy(view.ptr, choices.ptr, view.num_bytes, stream)
+            self._copies.look_up(known.numbers[self._topology.node], choices, stream)
+        return {**inputs, "topk_idx": choices}
+
+    def _spread(
+        self, part: Part, request: DispatchRequest, rows: _Rows, outputs: _Rows
+    ) -> npt.NDArray[np.int64]:
+        """Dispatch a part's rows inside this node (collective there); return the experts' pairs."""
+        into = self._in_one_piece(part, outputs)
+        result = self._engine.dispatch(
+            request._replace(
+                data=rows["data"],
+                scales=rows.get("scales"),
+                layout=part.layout,
+                topk=_topk_of(rows),
+                handle=part.handle,
+                expert_alignment=1,
+                num_worst_tokens=0,
+                into=DispatchInto(into["data"], into.get("scales"), _topk_of(into), ()),
+            )
+        )
+        self._copy_runs(part, into, outputs)
+        if part.handle is None:
+            part.handle, part.layout = result.handle, None
+        return np.array(result.num_recv_tokens_per_expert, np.int64)
+
+    # --- combine -------------------------------------------------------------------------------
+
+    def combine(
+        self, link: RailLink, request: CombineRequest, routes: RailRoutes, out: CombineResult
+    ) -> None:
+        """See `Moves.combine`."""
+        topology, stream = self._topology, self._engine.call_stream()
+        before, after = topology.nodes_before(), topology.nodes_after()
+        known: DeviceRoutes = routes.on_device
+        inputs = {"data": request.data}
+        if request.topk_weights is not None:
+            inputs["topk_weights"] = request.topk_weights
+        num_chunk_rows = routes.num_chunk_tokens
+        most = max(known.parts[node].num_rows for node in after)
+        sent = self._stage("sums to send", _sections(inputs, most).end)
+        all_sums = _sections(inputs, known.num_sums)
+        sums = self._rows_at(self._stage("sums", all_sums.end), all_sums, list(inputs))
+        self._stage_parts(known, inputs)
+        coming = {node: chunks_of(len(routes.outgoing[node]), num_chunk_rows) for node in before}
+        messages = [
+            Message(node, _sections(inputs, run.num_rows).end)
+            for node in before
+            for run in coming[node]
+        ]
+
+        def piece_from(source: int, run: Run) -> _Piece:
+            at = Run(known.first_sums[source] + run.first, run.num_rows)
+            return self._piece_into({name: _rows_of(view, at) for name, view in sums.items()})
+
+        longest = max(most, *(len(routes.outgoing[node]) for node in before))
+        depth = request.chunks.num_in_flight
+        window = Window(_sections(inputs, min(num_chunk_rows, longest)).end, depth, depth)
+        with link.transfer("combine: rows", window, messages) as transfer, self._copying():
+            for to, source in zip(after, before, strict=True):
+                part = known.parts[to]
+                rows = self._rows_at(sent, _sections(inputs, part.num_rows), list(inputs))
+                self._sum(part, request, inputs, rows)
+                streams.wait(self._to_host.ptr, streams.record(stream))
+                runs = chunks_of(part.num_rows, num_chunk_rows)
+                self._exchange(
+                    *(transfer, to, [self._piece_of(rows, run) for run in runs]),
+                    *(source, [piece_from(source, run) for run in coming[source]]),
+                )
+            streams.wait(stream, streams.record(self._to_device.ptr))
+        further = FurtherSums(sums["data"], sums.get("topk_weights"), known.places)
+        part = known.parts[topology.node]
+        outputs = {"data": out.data}
+        if out.topk_weights is not None:
+            outputs["topk_weights"] = out.topk_weights
+        self._sum(part, request, inputs, outputs, request.biases, further)
+
+    def _sum(
+        self,
+        part: Part,
+        request: CombineRequest,
+        inputs: _Rows,
+        outputs: _Rows,
+        biases: tuple[ArrayView, ...] = (),
+        further: FurtherSums | None = None,
+    ) -> None:
+        """Sum a part's rows inside this node. Collective there."""
+        assert part.handle is not None  # of the dispatch that is undone
+        rows = self._in_one_piece(part, inputs)
+        self._copy_runs(part, rows, inputs, is_back=True)
+        self._engine.combine(
+            request._replace(
+                data=rows["data"],
+                topk_weights=rows.get("topk_weights"),
+                biases=biases,
+                handle=part.handle,
+                into=CombineResult(outputs["data"], outputs.get("topk_weights")),
+                further_sums=further,
+            )
+        )
+
+    def _piece_of(self, rows: _Rows, run: Run) -> _Piece:
+        """Return the message that carries some rows of arrays."""
+        sections = _sections(rows, run.num_rows)
+
+        def copy(slot: Bytes) -> None:
+            for name, view in rows.items():
+                memory = sections.view(slot, name).reshape(-1).view(np.uint8)
+                self._copies.to_host(_rows_of(view, run).ptr, memory, self._to_host.ptr)
+
+        return _Piece(sections.end, copy)
+
+    # --- both ----------------------------------------------------------------------------------
+
+    def _piece_into(self, rows: _Rows) -> _Piece:
+        """Return the message that fills arrays, all of them."""
+        sections = _sections(rows, rows["data"].shape[0])
+
+        def copy(slot: Bytes) -> None:
+            for name, view in rows.items():
+                memory = sections.view(slot, name).reshape(-1).view(np.uint8)
+                if memory.size:
+                    self._copies.to_device(memory, view.ptr, self._to_device.ptr)
+
+        return _Piece(sections.end, copy)
+
+    def _stage_parts(self, known: DeviceRoutes, rows: _Rows) -> None:
+        """Have memory for the parts whose rows do not lie in one piece."""
+        scattered = [part.num_recv for part in known.parts if len(part.runs) > 1]
+        if scattered:
+            self._stage("one part", _sections(rows, max(scattered)).end)
+
+    def _in_one_piece(self, part: Part, rows: _Rows) -> _Rows:
+        """Return a part's rows among all that arrive here; memory for them if they are apart."""
+        if len(part.runs) == 1:
+            return {name: _rows_of(view, part.runs[0]) for name, view in rows.items()}
+        sections = _sections(rows, part.num_recv)
+        return self._rows_at(self._stage("one part", sections.end), sections, list(rows))
+
+    def _copy_runs(self, part: Part, piece: _Rows, rows: _Rows, is_back: bool = False) -> None:
+        """Copy a part in one piece to where its rows lie apart, or back; nothing if they do not."""
+        if len(part.runs) == 1:
+            return
+        stream, begin = self._engine.call_stream(), 0
+        for run in part.runs:
+            for name, view in rows.items():
+                here, there = _rows_of(piece[name], Run(begin, run.num_rows)), _rows_of(view, run)
+                source, to = (there, here) if is_back else (here, there)
+                if to.num_bytes:
+                    self._copies.copy(source.ptr, to.ptr, to.num_bytes, stream)
+            begin += run.num_rows
+
+
+def _inputs_of(request: DispatchRequest) -> _Rows:
+    return _named(request.data, request.scales, request.topk)
+
+
+def _outputs_of(out: DispatchInto) -> _Rows:
+    return _named(out.data, out.scales, out.topk)
+
+
+def _named(data: ArrayView, scales: ArrayView | None, topk: TopK | None) -> _Rows:
+    rows = {"data": data}
+    if scales is not None:
+        rows["scales"] = scales
+    if topk is not None:
+        rows["topk_idx"], rows["topk_weights"] = topk
+    return rows
+
+
+def _topk_of(rows: _Rows) -> TopK | None:
+    return TopK(rows["topk_idx"], rows["topk_weights"]) if "topk_idx" in rows else None
+
+
+def _rows_of(view: ArrayView, run: Run) -> ArrayView:
+    """Return some rows of a row-major array."""
+    shape = (run.num_rows, *view.shape[1:])
+    return view._replace(ptr=view.ptr + run.first * view.strides[0], shape=shape)
+
+
+def _sections(rows: _Rows, num_rows: int) -> Sections:
+    """Return how arrays of so many rows lie one behind the other."""
+    return Sections(
+        {name: ((num_rows, *view.shape[1:]), view.dtype) for name, view in rows.items()}
+    )
