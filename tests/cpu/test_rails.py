@@ -84,3 +84,9 @@ def test_contract_with_rows_on_gpus(
 ) -> None:
     """The moves of GPU rows, on GPUs that are none; see ranks/fake_gpu.py."""
     between_nodes(mpiexec, "fake_gpu", num_ranks, ranks_per_node, kind, "--rails", *PROGRAMS)
+
+
+@pytest.mark.parametrize("place", ["rows", "sums"])
+@pytest.mark.parametrize("what", ["slow", "stuck"])
+def test_late_node_with_rows_on_gpus(mpiexec: Mpiexec, what: str, place: str) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 2, what, place, "--fake-gpus", timeout_s=30)

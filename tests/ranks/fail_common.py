@@ -92,9 +92,34 @@ def make_inputs(
     return x, idx.astype(np.int64), weights
 
 
+class Arrays:
+    """Where the arrays of `dispatch` and `check_round` are: a NumPy or a CuPy module."""
+
+    def __init__(self) -> None:
+        self.module: Any = np
+
+    def use_gpu(self, rank: int) -> None:
+        """Take a GPU; ranks share them where there are too few."""
+        import cupy
+
+        cupy.cuda.Device(rank % cupy.cuda.runtime.getDeviceCount()).use()
+        self.module = cupy
+
+    def give(self, *arrays: np.ndarray) -> Any:
+        """Return the arrays there."""
+        return tuple(self.module.asarray(array) for array in arrays)
+
+    def fetch(self, *arrays: Any) -> Any:
+        """Return what arrays hold."""
+        return tuple(array if self.module is np else array.get() for array in arrays)
+
+
+arrays = Arrays()
+
+
 def dispatch(buffer: Buffer, seed: int) -> tuple[Any, ...]:
     """Dispatch this rank's inputs; returns what `Buffer.dispatch` does."""
-    x, idx, weights = make_inputs(seed, buffer.rank, buffer.group_size)
+    x, idx, weights = arrays.give(*make_inputs(seed, buffer.rank, buffer.group_size))
     return buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=2 * buffer.group_size)
 
 
@@ -105,14 +130,15 @@ def check_round(buffer: Buffer, seed: int) -> None:
     goes = [(idx[:, :, None] // 2 == np.arange(num_ranks)).any(axis=1) for _, idx, _ in sent]
     want = np.concatenate([x[to[:, me]] for (x, _, _), to in zip(sent, goes, strict=True)])
     recv_x, recv_idx, recv_weights, per_expert, handle, _ = dispatch(buffer, seed)
-    np.testing.assert_array_equal(recv_x, want)
+    np.testing.assert_array_equal(*arrays.fetch(recv_x), want)
     chosen = np.concatenate([idx.ravel() for _, idx, _ in sent])
     assert per_expert == [int((chosen == 2 * me + local).sum()) for local in (0, 1)]
     assert recv_idx.shape == recv_weights.shape == (len(want), NUM_TOPK)
     x, idx, weights = sent[me]
-    again, *_ = buffer.dispatch(x + 1, handle=handle)
-    np.testing.assert_array_equal(again, want + 1)
-    combined, combined_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_weights)
+    again, *_ = buffer.dispatch(*arrays.give(x + 1), handle=handle)
+    np.testing.assert_array_equal(*arrays.fetch(again), want + 1)
+    sums = buffer.combine(recv_x, handle, topk_weights=recv_weights)
+    combined, combined_weights = arrays.fetch(*sums[:2])
     np.testing.assert_array_equal(combined, x * goes[me].sum(axis=1, keepdims=True))
     np.testing.assert_array_equal(combined_weights, np.where(idx >= 0, weights, 0))
 

@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("frame", choices=GPUS)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--wait-elsewhere", action="store_true")
-    parser.add_argument("--engine", default="cuda", choices=("cuda", "staged"))
+    parser.add_argument("--engine", default="cuda", choices=("cuda", "staged", "auto"))
     options = parser.parse_args()
     from mpi4py import MPI
 

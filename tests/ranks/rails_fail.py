@@ -1,4 +1,7 @@
-"""A node that is slow, stuck, absent or killed; 4 ranks as 2 nodes of 2."""
+"""A node that is slow, stuck, absent or killed; 4 ranks as 2 nodes of 2.
+
+rails_fail.py SCENARIO [PLACE] [--fake-gpus | --gpus]
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import fail_common as common
 import numpy as np
 import pytest
 from fail_common import check_round
+from fake_gpu import FakeFrame
 
 from epcomm import Buffer, CommTimeout, EpcommError, TransportError, UnsupportedConfig
-from epcomm.engines import rail_moves, rails
+from epcomm.engines import device_rail_moves, rail_moves, rails
 
 #: Node 1 is the odd one; the rail peers of ranks 0 and 1 are these.
 ODD = (2, 3)
@@ -26,6 +31,10 @@ PLACES = {
     "routes": (rails.RailsEngine, "_exchange_routes", "dispatch: routes"),
     "rows": (rail_moves.Spread, "send", "dispatch: rows"),
     "sums": (rail_moves.Sums, "send", "combine: rows"),
+}
+GPU_PLACES = {
+    "rows": (device_rail_moves.DeviceMoves, "_exchange", "dispatch: rows"),
+    "sums": (device_rail_moves.DeviceMoves, "combine", "combine: rows"),
 }
 
 
@@ -198,9 +207,14 @@ CHECKS = {
 }
 
 
-def main(what: str, where: str = "") -> None:
+def main(what: str, where: str = "", place: str = "") -> None:
     comm = common.open_group()
-    CHECKS[what](comm, where)
+    if place:
+        PLACES.update(GPU_PLACES)
+    if place == "--gpus":
+        common.arrays.use_gpu(comm.rank)
+    with FakeFrame("jax", has_rails=True).in_use() if place == "--fake-gpus" else nullcontext():
+        CHECKS[what](comm, where)
     comm.Barrier()
     print(f"EPCOMM-OK {comm.rank}", flush=True)
 
