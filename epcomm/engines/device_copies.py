@@ -74,7 +74,7 @@ class DeviceCopies:
         source = self._array(_widest(rows))
         shape = (idx.shape[0], source.shape[1])
         out = cupy.ndarray(shape, source.dtype, self._pointer(to, idx))
-        with cupy.cuda.ExternalStream(stream):
+        with _stream(stream):
             cupy.take(source, self._array(idx), axis=0, out=out)
 
     def look_up(self, table: ArrayView, idx: ArrayView, stream: int) -> None:
@@ -82,7 +82,7 @@ class DeviceCopies:
         if not idx.num_bytes:
             return
         choices = self._array(idx)
-        with cupy.cuda.ExternalStream(stream):
+        with _stream(stream):
             choices[...] = cupy.take(self._array(table), choices)
 
     def _array(self, view: ArrayView) -> Any:
@@ -96,6 +96,27 @@ class DeviceCopies:
     def synchronize(self, stream: int) -> None:
         """See `Copies.synchronize`."""
         cupy.cuda.runtime.streamSynchronize(stream)
+
+
+class _Handle:
+    """A stream of whoever, by the protocol with which CUDA libraries share them."""
+
+    def __init__(self, ptr: int) -> None:
+        self._ptr = ptr
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the protocol's version and the stream's handle."""
+        return 0, self._ptr
+
+
+def _stream(ptr: int) -> AbstractContextManager[Any]:
+    """Return the context in which CuPy works on a stream."""
+    made: AbstractContextManager[Any]
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        made = cupy.cuda.Stream.from_external(_Handle(ptr))
+    else:  # CuPy before 14
+        made = cupy.cuda.ExternalStream(ptr)
+    return made
 
 
 def _widest(rows: ArrayView) -> ArrayView:
