@@ -26,6 +26,7 @@ __device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_id
   const bool is_bad = given < -1 || given >= i64(call.shape.num_experts);
   const i32 expert = is_bad ? -1 : static_cast<i32>(given);
   bool is_twice = false;
+#pragma unroll 1
   for (u32 earlier = 0; earlier + 1 < num_topk; ++earlier) {
     const i32 other = __shfl_sync(kFullWarp, expert, earlier);
     is_twice = is_twice || (earlier < lane && expert >= 0 && expert == other);
@@ -45,6 +46,7 @@ __device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round
   const LowLatencyShape& shape = call.shape;
   const u32 lane = lane_index();
   // The last blocks, as they have the fewest rows to send.
+#pragma unroll 1
   for (u32 peer = gridDim.x - 1 - blockIdx.x; peer < kNumRanks; peer += gridDim.x) {
     if ((round.masked >> peer) & 1) continue;
     if (threadIdx.x < slab::kLowLatencyHeaderWords) {
@@ -53,6 +55,7 @@ __device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round
       ptx::st_relaxed_sys_u64(cells + threadIdx.x, cell_of(round.epoch, word));
     }
     u64* table = slab::table(call.slabs, peer, round.slot, call.rank);
+#pragma unroll 1
     for (u32 token = warp_index(); token < shape.num_tokens; token += blockDim.x / kWarpSize) {
       const u32 index = token * shape.num_topk + lane;
       const bool has_weight = weights != nullptr && lane < shape.num_topk;
@@ -82,13 +85,16 @@ __device__ __forceinline__ void note(Arrivals* arrivals, u32 source, Outcome out
 __device__ inline void report_mismatch(const LowLatencyCall& call, const LowLatencyShape* headers,
                                        u32 sources) {
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
+#pragma unroll 1
   for (u32 i = 0; i < kNumLowLatencyAgreed; ++i) {
+#pragma unroll 1
     for (u32 source = 0; source < kNumRanks; ++source) {
       if (((sources >> source) & 1) == 0) continue;
       if (reinterpret_cast<const u32*>(headers + source)[i] == own[i]) continue;
       // Several blocks may come here; all write the same.
       volatile FailureRecord* record = call.record;
       record->field = static_cast<i32>(i);
+#pragma unroll 1
       for (u32 p = 0; p < kNumRanks; ++p) {
         record->values[p] = static_cast<i32>(reinterpret_cast<const u32*>(headers + p)[i]);
       }
@@ -107,6 +113,7 @@ __device__ inline bool read_headers(const LowLatencyCall& call, const Round& rou
   constexpr u32 kWords = slab::kLowLatencyHeaderWords;
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
   bool is_good = true;
+#pragma unroll 1
   for (u32 i = threadIdx.x; i < kNumRanks * kWords; i += blockDim.x) {
     const u32 source = i / kWords;
     Awaited awaited = {Outcome::kMissing, 0};
@@ -138,6 +145,7 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
                                              u32 begin, u32 end, Arrivals* arrivals, PlaceOf place,
                                              Use use) {
   constexpr u32 kUnroll = 4, kWords = kHasWeights ? 2 : 1;
+#pragma unroll 1
   for (u32 first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
     u64 found[kUnroll][kWords];
 #pragma unroll
@@ -254,6 +262,7 @@ __device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round
     }
   };
   if (kept != nullptr) {
+#pragma unroll 1
     for (u32 i = first_token * num_topk + threadIdx.x; i < end * num_topk; i += blockDim.x) {
       place(i, kept[i] == kNotHere ? kNoRow : kept[i], 0);
     }
@@ -272,6 +281,7 @@ __device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round
   }
   __syncthreads();
   if (warp_index() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
+#pragma unroll 1
     for (u32 token = 0; token < end - begin; ++token) {
       place_choices(chunk->choices + token * num_topk, num_topk, spans, chunk->num_choices + token);
     }
@@ -317,6 +327,7 @@ struct Parts {
 __device__ inline Range range_of(const LowLatencyCall& call, u32 sources,
                                  const LowLatencyShape* headers, u32 source) {
   u32 total = 0, before = 0, first_entry = 0;
+#pragma unroll 1
   for (u32 other = 0; other < kNumRanks; ++other) {
     const bool takes_part = ((sources >> other) & 1) != 0;
     const u32 number = takes_part ? headers[other].num_tokens * headers[other].num_parts : 0;
@@ -347,14 +358,17 @@ __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& ro
     chunk->ranges[threadIdx.x] = range_of(call, sources, headers, threadIdx.x);
   }
   __syncthreads();  // arrivals begin anew, too
+#pragma unroll 1
   for (u32 source = 0; source < kNumRanks; ++source) {
     if (chunk->ranges[source].begin >= chunk->ranges[source].end) continue;
+#pragma unroll 1
     for (u32 i = threadIdx.x; i < num_local_experts(call); i += blockDim.x) {
       spans[i] = span_of(source, i);
     }
     if (threadIdx.x == 0) arrivals->missing = 0;
     __syncthreads();
     u32 counted = 0;
+#pragma unroll 1
     for (u32 token = chunk->ranges[source].first_token();
          token < chunk->ranges[source].end_token();) {
       const Range& range = chunk->ranges[source];

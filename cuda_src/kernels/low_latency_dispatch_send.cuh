@@ -150,6 +150,7 @@ __device__ inline void send_part(const LowLatencyDispatchParams& params, const c
                                  u32 item, u32 ranks, OwnPart* own) {
   const u32 token = item / params.call.shape.num_parts;
   const comm::Granules granules = granules_of(params, item);
+#pragma unroll 1
   for (u32 first = granules.begin + comm::warp_in_group(); first < granules.end;) {
 #pragma unroll
     for (u32 j = 0; j < OwnPart::kUnroll; ++j) {
@@ -171,6 +172,7 @@ __device__ inline void send_rows(const LowLatencyDispatchParams& params, const c
                                  OwnPart* own) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
+#pragma unroll 1
   for (u32 n = 0; own_item(n) < num_items; ++n) {
     const u32 item = own_item(n);
     if (n > 0) load_part(params, item, own);
