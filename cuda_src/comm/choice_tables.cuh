@@ -157,18 +157,21 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
 #pragma unroll
       for (u32 w = 0; w < kWords; ++w) found[j][w] = ptx::ld_relaxed_sys_u64(cells + w);
     }
-#pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) {
-      const u32 i = first + j * blockDim.x;
-      if (i >= end) continue;
+    const u32 last = min_of(first + (kUnroll - 1) * blockDim.x, end - 1);
+#pragma unroll 1
+    for (u32 i = first; i <= last; i += blockDim.x) {
       u32 source;
       const u64* cells = place(i, &source);
       Outcome outcome = Outcome::kArrived;
       u32 words[kWords];
 #pragma unroll
       for (u32 w = 0; w < kWords; ++w) {
-        words[w] = static_cast<u32>(found[j][w]);
-        if (static_cast<u32>(found[j][w] >> 32) == round.epoch) continue;
+        const u64 cell = found[0][w];
+        // Those behind it move up: what is done with one is there once.
+#pragma unroll
+        for (u32 j = 0; j + 1 < kUnroll; ++j) found[j][w] = found[j + 1][w];
+        words[w] = static_cast<u32>(cell);
+        if (static_cast<u32>(cell >> 32) == round.epoch) continue;
         if (outcome != Outcome::kArrived) continue;
         const Awaited awaited =
             await_slowly(call, kLowLatencyTables, source, round.epoch, cells + w);
