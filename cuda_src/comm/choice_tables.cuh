@@ -40,9 +40,9 @@ __device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_id
 
 // Tells every peer what this call is and what its tokens choose; a block a peer. weights: null in
 // dispatch.
-__device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round& round,
-                                         const void* topk_idx, u32 is_64_bit,
-                                         const float* weights) {
+__device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Round& round,
+                                            const void* topk_idx, u32 is_64_bit,
+                                            const float* weights) {
   const LowLatencyShape& shape = call.shape;
   const u32 lane = lane_index();
   // The last blocks, as they have the fewest rows to send.
@@ -250,11 +250,11 @@ __device__ inline void place_choices(Choice* choices, u32 num_topk, Span* spans,
 // Works out the choices of tokens [begin, end) of a source. By all threads, which then meet.
 //   kept   the source's choices as local experts, or kNotHere; null where the block keeps none
 //   spans  [local experts] the source's rows from first_token on; left with those behind the chunk
-// NOTE: a function of its own, as its callers need their registers.
 template <bool kHasWeights>
-__device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round& round, u32 source,
-                                         u32 first_token, u32 begin, u32 end, const u16* kept,
-                                         Span* spans, Chunk* chunk, Arrivals* arrivals) {
+__device__ __forceinline__ void place_chunk(const LowLatencyCall& call, const Round& round,
+                                            u32 source, u32 first_token, u32 begin, u32 end,
+                                            const u16* kept, Span* spans, Chunk* chunk,
+                                            Arrivals* arrivals) {
   const u32 num_topk = call.shape.num_topk, num_local = num_local_experts(call);
   const u32 chunk_begin = begin * num_topk;
   auto place = [&](u32 i, u32 local, u32 weight) {

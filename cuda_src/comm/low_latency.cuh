@@ -21,6 +21,7 @@
 //
 // Code. A kernel runs once from end to end, so every instruction is fetched anew, which takes
 // longer than to run it. Only loops that keep several reads on their way are unrolled.
+// What is called from one place is inlined: elsewhere a kernel's params are read from memory.
 //
 // Masks. With can_mask a peer that does not answer in time is masked, in place of a failure; masked
 // peers get nothing, and nobody waits for them.

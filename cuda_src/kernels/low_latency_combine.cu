@@ -267,8 +267,8 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
 
 // Sums a part of one of this rank's tokens whose rows come in cells, from the ranks of `lines`. By
 // all threads of a group.
-__device__ __noinline__ void sum_cells(const LowLatencyCombineParams& params,
-                                       const comm::Round& round, u32 item, u32 lines) {
+__device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
+                                          const comm::Round& round, u32 item, u32 lines) {
   constexpr u32 kBatch = 4;
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
@@ -311,8 +311,8 @@ __device__ __noinline__ void sum_cells(const LowLatencyCombineParams& params,
 }
 
 // Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
-__device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
-                                      const comm::Round& round, u32 item) {
+__device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
+                                         const comm::Round& round, u32 item) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
   const Line line = own_line(params, round, token);
@@ -356,6 +356,7 @@ __device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
         if (is_inside && (lines >> rank) & 1) sums.add(v[rank]);
       }
     } else {
+#pragma unroll 1
       for (u32 k = 0; k < call.shape.num_topk; ++k) {
         const float weight = __shfl_sync(kFullWarp, line.weight, k);
         if (is_inside && (lines >> k) & 1) {
@@ -375,8 +376,8 @@ struct Sources {
 
 // Waits for what sources say of their calls. By all threads; false, to all of them, where the call
 // may not go on.
-__device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call,
-                                          const comm::Round& round, Sources* sources) {
+__device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
+                                             const comm::Round& round, Sources* sources) {
   if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
   __syncthreads();
   const bool is_good =

@@ -83,8 +83,9 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
 
 // Finds the sources that take part, and counts their rows. By all threads; false, to all of them,
 // where the call has failed.
-__device__ __noinline__ bool find_sources(const LowLatencyDispatchParams& params,
-                                          const comm::Round& round, Sources* sources, u32* counts) {
+__device__ __forceinline__ bool find_sources(const LowLatencyDispatchParams& params,
+                                             const comm::Round& round, Sources* sources,
+                                             u32* counts) {
   const comm::LowLatencyCall& call = params.call;
   constexpr u32 kAll = (1u << kNumRanks) - 1;
   u32 wanted = kAll & ~round.masked;
