@@ -26,6 +26,7 @@ __device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_id
   const bool is_bad = given < -1 || given >= i64(call.shape.num_experts);
   const i32 expert = is_bad ? -1 : static_cast<i32>(given);
   bool is_twice = false;
+#pragma unroll 1
   for (u32 earlier = 0; earlier + 1 < num_topk; ++earlier) {
     const i32 other = __shfl_sync(kFullWarp, expert, earlier);
     is_twice = is_twice || (earlier < lane && expert >= 0 && expert == other);
@@ -39,12 +40,13 @@ __device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_id
 
 // Tells every peer what this call is and what its tokens choose; a block a peer. weights: null in
 // dispatch.
-__device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round& round,
-                                         const void* topk_idx, u32 is_64_bit,
-                                         const float* weights) {
+__device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Round& round,
+                                            const void* topk_idx, u32 is_64_bit,
+                                            const float* weights) {
   const LowLatencyShape& shape = call.shape;
   const u32 lane = lane_index();
   // The last blocks, as they have the fewest rows to send.
+#pragma unroll 1
   for (u32 peer = gridDim.x - 1 - blockIdx.x; peer < kNumRanks; peer += gridDim.x) {
     if ((round.masked >> peer) & 1) continue;
     if (threadIdx.x < slab::kLowLatencyHeaderWords) {
@@ -53,6 +55,7 @@ __device__ __noinline__ void send_tables(const LowLatencyCall& call, const Round
       ptx::st_relaxed_sys_u64(cells + threadIdx.x, cell_of(round.epoch, word));
     }
     u64* table = slab::table(call.slabs, peer, round.slot, call.rank);
+#pragma unroll 1
     for (u32 token = warp_index(); token < shape.num_tokens; token += blockDim.x / kWarpSize) {
       const u32 index = token * shape.num_topk + lane;
       const bool has_weight = weights != nullptr && lane < shape.num_topk;
@@ -82,13 +85,16 @@ __device__ __forceinline__ void note(Arrivals* arrivals, u32 source, Outcome out
 __device__ inline void report_mismatch(const LowLatencyCall& call, const LowLatencyShape* headers,
                                        u32 sources) {
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
+#pragma unroll 1
   for (u32 i = 0; i < kNumLowLatencyAgreed; ++i) {
+#pragma unroll 1
     for (u32 source = 0; source < kNumRanks; ++source) {
       if (((sources >> source) & 1) == 0) continue;
       if (reinterpret_cast<const u32*>(headers + source)[i] == own[i]) continue;
       // Several blocks may come here; all write the same.
       volatile FailureRecord* record = call.record;
       record->field = static_cast<i32>(i);
+#pragma unroll 1
       for (u32 p = 0; p < kNumRanks; ++p) {
         record->values[p] = static_cast<i32>(reinterpret_cast<const u32*>(headers + p)[i]);
       }
@@ -107,6 +113,7 @@ __device__ inline bool read_headers(const LowLatencyCall& call, const Round& rou
   constexpr u32 kWords = slab::kLowLatencyHeaderWords;
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
   bool is_good = true;
+#pragma unroll 1
   for (u32 i = threadIdx.x; i < kNumRanks * kWords; i += blockDim.x) {
     const u32 source = i / kWords;
     Awaited awaited = {Outcome::kMissing, 0};
@@ -138,6 +145,7 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
                                              u32 begin, u32 end, Arrivals* arrivals, PlaceOf place,
                                              Use use) {
   constexpr u32 kUnroll = 4, kWords = kHasWeights ? 2 : 1;
+#pragma unroll 1
   for (u32 first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
     u64 found[kUnroll][kWords];
 #pragma unroll
@@ -149,18 +157,21 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
 #pragma unroll
       for (u32 w = 0; w < kWords; ++w) found[j][w] = ptx::ld_relaxed_sys_u64(cells + w);
     }
-#pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) {
-      const u32 i = first + j * blockDim.x;
-      if (i >= end) continue;
+    const u32 last = min_of(first + (kUnroll - 1) * blockDim.x, end - 1);
+#pragma unroll 1
+    for (u32 i = first; i <= last; i += blockDim.x) {
       u32 source;
       const u64* cells = place(i, &source);
       Outcome outcome = Outcome::kArrived;
       u32 words[kWords];
 #pragma unroll
       for (u32 w = 0; w < kWords; ++w) {
-        words[w] = static_cast<u32>(found[j][w]);
-        if (static_cast<u32>(found[j][w] >> 32) == round.epoch) continue;
+        const u64 cell = found[0][w];
+        // Those behind it move up: what is done with one is there once.
+#pragma unroll
+        for (u32 j = 0; j + 1 < kUnroll; ++j) found[j][w] = found[j + 1][w];
+        words[w] = static_cast<u32>(cell);
+        if (static_cast<u32>(cell >> 32) == round.epoch) continue;
         if (outcome != Outcome::kArrived) continue;
         const Awaited awaited =
             await_slowly(call, kLowLatencyTables, source, round.epoch, cells + w);
@@ -239,11 +250,11 @@ __device__ inline void place_choices(Choice* choices, u32 num_topk, Span* spans,
 // Works out the choices of tokens [begin, end) of a source. By all threads, which then meet.
 //   kept   the source's choices as local experts, or kNotHere; null where the block keeps none
 //   spans  [local experts] the source's rows from first_token on; left with those behind the chunk
-// NOTE: a function of its own, as its callers need their registers.
 template <bool kHasWeights>
-__device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round& round, u32 source,
-                                         u32 first_token, u32 begin, u32 end, const u16* kept,
-                                         Span* spans, Chunk* chunk, Arrivals* arrivals) {
+__device__ __forceinline__ void place_chunk(const LowLatencyCall& call, const Round& round,
+                                            u32 source, u32 first_token, u32 begin, u32 end,
+                                            const u16* kept, Span* spans, Chunk* chunk,
+                                            Arrivals* arrivals) {
   const u32 num_topk = call.shape.num_topk, num_local = num_local_experts(call);
   const u32 chunk_begin = begin * num_topk;
   auto place = [&](u32 i, u32 local, u32 weight) {
@@ -254,6 +265,7 @@ __device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round
     }
   };
   if (kept != nullptr) {
+#pragma unroll 1
     for (u32 i = first_token * num_topk + threadIdx.x; i < end * num_topk; i += blockDim.x) {
       place(i, kept[i] == kNotHere ? kNoRow : kept[i], 0);
     }
@@ -272,6 +284,7 @@ __device__ __noinline__ void place_chunk(const LowLatencyCall& call, const Round
   }
   __syncthreads();
   if (warp_index() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
+#pragma unroll 1
     for (u32 token = 0; token < end - begin; ++token) {
       place_choices(chunk->choices + token * num_topk, num_topk, spans, chunk->num_choices + token);
     }
@@ -317,6 +330,7 @@ struct Parts {
 __device__ inline Range range_of(const LowLatencyCall& call, u32 sources,
                                  const LowLatencyShape* headers, u32 source) {
   u32 total = 0, before = 0, first_entry = 0;
+#pragma unroll 1
   for (u32 other = 0; other < kNumRanks; ++other) {
     const bool takes_part = ((sources >> other) & 1) != 0;
     const u32 number = takes_part ? headers[other].num_tokens * headers[other].num_parts : 0;
@@ -347,14 +361,17 @@ __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& ro
     chunk->ranges[threadIdx.x] = range_of(call, sources, headers, threadIdx.x);
   }
   __syncthreads();  // arrivals begin anew, too
+#pragma unroll 1
   for (u32 source = 0; source < kNumRanks; ++source) {
     if (chunk->ranges[source].begin >= chunk->ranges[source].end) continue;
+#pragma unroll 1
     for (u32 i = threadIdx.x; i < num_local_experts(call); i += blockDim.x) {
       spans[i] = span_of(source, i);
     }
     if (threadIdx.x == 0) arrivals->missing = 0;
     __syncthreads();
     u32 counted = 0;
+#pragma unroll 1
     for (u32 token = chunk->ranges[source].first_token();
          token < chunk->ranges[source].end_token();) {
       const Range& range = chunk->ranges[source];

@@ -19,6 +19,10 @@
 // once, and sending waits for nothing but what earlier kernels of peers post, and, in combine, for
 // tables, which are sent first.
 //
+// Code. A kernel runs once from end to end, so every instruction is fetched anew, which takes
+// longer than to run it. Only loops that keep several reads on their way are unrolled.
+// What is called from one place is inlined: elsewhere a kernel's params are read from memory.
+//
 // Masks. With can_mask a peer that does not answer in time is masked, in place of a failure; masked
 // peers get nothing, and nobody waits for them.
 #pragma once
@@ -256,6 +260,7 @@ __device__ inline void finish(const LowLatencyCall& call, const Round& round) {
   }
   if ((call.phases & kSends) && threadIdx.x == 0) {
     u32 left_out = 0;
+#pragma unroll 1
     for (u32 i = 0; i < kNumRanks; ++i) left_out |= is_masked(call, i) ? 1u << i : 0;
     state.slot_epoch[round.slot] = round.epoch;
     state.slot_masked[round.slot] = left_out;

@@ -125,8 +125,10 @@ __device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
       slab::cell_row(call.slabs, part.source, round.slot, call.rank, is_in_cells ? part.token : 0);
   u8* to = slot_row(params, round, part.source, call.rank, part.token);
   const Vectors vectors = vectors_of(params, part.index, part.num_parts);
+#pragma unroll 1
   for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kStep) {
     Sums sums[kUnroll];
+#pragma unroll 1
     for (u32 first = 0; first < part.num_choices; first += kRows) {
       const comm::Choice* choices = part.choices + first;
       const u32 number = min_of(kRows, part.num_choices - first);
@@ -171,6 +173,7 @@ __device__ inline void send_row(const LowLatencyCombineParams& params, const com
   const Vectors vectors = vectors_of(params, part.index, part.num_parts);
   const bool is_here = choice.row != comm::kNoRow;
   const u8* row = is_here ? expert_row(params, choice) : nullptr;
+#pragma unroll 1
   for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kStep) {
     Vec16 v[kUnroll] = {};
 #pragma unroll
@@ -196,6 +199,7 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
     send_sums(params, round, part, is_in_cells);
     if (is_in_cells) return;
   } else {
+#pragma unroll 1
     for (u32 i = 0; i < part.num_choices; ++i) {
       const comm::Choice& choice = part.choices[i];
       send_row(params, part, choice, slot_row(params, round, part.source, choice.k, part.token));
@@ -212,6 +216,7 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
 __device__ __forceinline__ void send_parts(const LowLatencyCombineParams& params,
                                            const comm::Round& round, comm::Parts parts,
                                            bool are_in_cells) {
+#pragma unroll 1
   for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
     const comm::Part part = parts.part(item);
     if (part.num_choices > 0) send_part(params, round, part, are_in_cells);
@@ -262,13 +267,14 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
 
 // Sums a part of one of this rank's tokens whose rows come in cells, from the ranks of `lines`. By
 // all threads of a group.
-__device__ __noinline__ void sum_cells(const LowLatencyCombineParams& params,
-                                       const comm::Round& round, u32 item, u32 lines) {
+__device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
+                                          const comm::Round& round, u32 item, u32 lines) {
   constexpr u32 kBatch = 4;
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
   u8* out = params.out + u64(token) * row_bytes_of(params);
   const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
+#pragma unroll 1
   for (u32 at = vectors.first; at < vectors.end; at += kStep) {
     Sums sums;
 #pragma unroll
@@ -305,8 +311,8 @@ __device__ __noinline__ void sum_cells(const LowLatencyCombineParams& params,
 }
 
 // Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
-__device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
-                                      const comm::Round& round, u32 item) {
+__device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
+                                         const comm::Round& round, u32 item) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
   const Line line = own_line(params, round, token);
@@ -333,6 +339,7 @@ __device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
   const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
   const bool is_by_rank = call.shape.format == kByRank;
   // All lanes go round alike: weights come from other lanes.
+#pragma unroll 1
   for (u32 at = vectors.first; __any_sync(kFullWarp, at < vectors.end); at += kStep) {
     const bool is_inside = at < vectors.end;
     Sums sums;
@@ -349,6 +356,7 @@ __device__ __noinline__ void sum_part(const LowLatencyCombineParams& params,
         if (is_inside && (lines >> rank) & 1) sums.add(v[rank]);
       }
     } else {
+#pragma unroll 1
       for (u32 k = 0; k < call.shape.num_topk; ++k) {
         const float weight = __shfl_sync(kFullWarp, line.weight, k);
         if (is_inside && (lines >> k) & 1) {
@@ -368,8 +376,8 @@ struct Sources {
 
 // Waits for what sources say of their calls. By all threads; false, to all of them, where the call
 // may not go on.
-__device__ __noinline__ bool find_sources(const comm::LowLatencyCall& call,
-                                          const comm::Round& round, Sources* sources) {
+__device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
+                                             const comm::Round& round, Sources* sources) {
   if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
   __syncthreads();
   const bool is_good =
@@ -410,6 +418,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   }
   if (is_good && call.phases & comm::kReceives) {
     const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
+#pragma unroll 1
     for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
          item += gridDim.x * kNumGroups) {
       sum_part(params, round, item);

@@ -52,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
           &sources.arrivals,
           [=](u32 source, u32 expert) {
             u32 begin = 0;
+#pragma unroll 1
             for (u32 s = 0; s < source; ++s) begin += counts[s * num_local + expert];
             return comm::Span{begin, comm::kNoRow};
           },

@@ -37,6 +37,7 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
   const comm::LowLatencyCall& call = params.call;
   const u32 num_local = num_local_experts(call), num_topk = call.shape.num_topk;
   comm::Arrivals* arrivals = &sources->arrivals;
+#pragma unroll 1
   for (u32 i = threadIdx.x; i < kNumRanks * num_local; i += blockDim.x) counts[i] = 0;
   if (threadIdx.x == 0) *arrivals = {~wanted, 0};
   __syncthreads();
@@ -82,8 +83,9 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
 
 // Finds the sources that take part, and counts their rows. By all threads; false, to all of them,
 // where the call has failed.
-__device__ __noinline__ bool find_sources(const LowLatencyDispatchParams& params,
-                                          const comm::Round& round, Sources* sources, u32* counts) {
+__device__ __forceinline__ bool find_sources(const LowLatencyDispatchParams& params,
+                                             const comm::Round& round, Sources* sources,
+                                             u32* counts) {
   const comm::LowLatencyCall& call = params.call;
   constexpr u32 kAll = (1u << kNumRanks) - 1;
   u32 wanted = kAll & ~round.masked;
@@ -115,8 +117,10 @@ __device__ __noinline__ bool find_sources(const LowLatencyDispatchParams& params
 // Tells how many rows every expert got, and from whom. By all threads of a block.
 __device__ inline void write_counts(const LowLatencyDispatchParams& params, const u32* counts) {
   const u32 num_local = num_local_experts(params.call);
+#pragma unroll 1
   for (u32 expert = threadIdx.x; expert < num_local; expert += blockDim.x) {
     u32 begin = 0;
+#pragma unroll 1
     for (u32 source = 0; source < kNumRanks; ++source) {
       const u32 count = counts[source * num_local + expert];
       params.layout_range[expert * kNumRanks + source] =
@@ -132,30 +136,23 @@ __device__ inline void write_counts(const LowLatencyDispatchParams& params, cons
 __device__ inline void fill_tails(const LowLatencyDispatchParams& params, const u32* counts) {
   const u32 num_local = num_local_experts(params.call);
   const u32 num_rows = comm::num_recv_rows(params.call);
+#pragma unroll 1
   for (u32 expert = blockIdx.x; expert < num_local; expert += gridDim.x) {
     u32 end = 0;
+#pragma unroll 1
     for (u32 source = 0; source < kNumRanks; ++source) end += counts[source * num_local + expert];
+#pragma unroll 1
     for (u32 row = end + threadIdx.x; row < num_rows; row += blockDim.x) {
       params.src_info[u64(expert) * num_rows + row] = -1;
     }
   }
 }
 
-// Writes a vector of a row's values to all experts that it is for.
-__device__ __forceinline__ void give_values(const LowLatencyDispatchParams& params,
-                                            const comm::Part& part, u32 at, const Vec16& v) {
-  const u64 num_rows = comm::num_recv_rows(params.call), row_bytes = data_bytes(params);
-  for (u32 i = 0; i < part.num_choices; ++i) {
-    const comm::Choice& choice = part.choices[i];
-    u8* to = params.recv_rows + (choice.expert * num_rows + choice.row) * row_bytes;
-    ptx::st_no_allocate_vec16(to + at, v);
-  }
-}
-
-// The same with a word of its scales.
+// Writes a word of a row's scales to all experts that it is for.
 __device__ __forceinline__ void give_scale(const LowLatencyDispatchParams& params,
                                            const comm::Part& part, u32 index, u32 scale) {
   const u64 num_rows = comm::num_recv_rows(params.call);
+#pragma unroll 1
   for (u32 i = 0; i < part.num_choices; ++i) {
     const comm::Choice& choice = part.choices[i];
     const u64 line = u64(choice.expert) * params.num_scales + index;
@@ -182,6 +179,23 @@ __device__ __forceinline__ Share share_of(const LowLatencyDispatchParams& params
           granules.begin * number + thread, min_of(granules.end * number, params.num_scales)};
 }
 
+// Writes vectors of a row, kStep apart from first on, to all experts that it is for.
+template <u32 kNumber>
+__device__ __forceinline__ void give_values(const LowLatencyDispatchParams& params,
+                                            const comm::Part& part, u32 first, u32 end,
+                                            const Vec16 (&v)[kNumber]) {
+  const u64 num_rows = comm::num_recv_rows(params.call), row_bytes = data_bytes(params);
+#pragma unroll 1
+  for (u32 i = 0; i < part.num_choices; ++i) {
+    const comm::Choice& choice = part.choices[i];
+    u8* to = params.recv_rows + (choice.expert * num_rows + choice.row) * row_bytes + first;
+#pragma unroll
+    for (u32 j = 0; j < kNumber; ++j) {
+      if (first + j * Share::kStep < end) ptx::st_no_allocate_vec16(to + j * Share::kStep, v[j]);
+    }
+  }
+}
+
 // Receives a part from the slot. By all threads of a group.
 __device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams& params,
                                                   const comm::Round& round,
@@ -194,6 +208,7 @@ __device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams
   const bool is_here = outcome == comm::Outcome::kArrived;
   const u8* row = slot_row(params, round, call.rank, part.source, part.token);
   const Share share = share_of(params, part);
+#pragma unroll 1
   for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
     Vec16 v[kUnroll] = {};
 #pragma unroll
@@ -202,14 +217,10 @@ __device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams
         v[j] = ptx::ld_no_allocate_vec16(row + first + j * Share::kStep);
       }
     }
-#pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) {
-      if (first + j * Share::kStep < share.end) {
-        give_values(params, part, first + j * Share::kStep, v[j]);
-      }
-    }
+    give_values(params, part, first, share.end, v);
   }
   const u32* scales = reinterpret_cast<const u32*>(row + data_bytes(params));
+#pragma unroll 1
   for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
     give_scale(params, part, k, is_here ? scales[k] : 0);
   }
@@ -227,6 +238,7 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
   const u64* scale_cell = comm::cell_at(row, data_bytes(params) + share.first_scale * sizeof(u32));
   const u64 scale = has_scale ? ptx::ld_relaxed_sys_u64(scale_cell) : 0;
   bool is_missing = false;
+#pragma unroll 1
   for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
     comm::VecCells seen[kUnroll];
     while (true) {
@@ -248,13 +260,12 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
       if (outcome == comm::Outcome::kFailed) return;
       is_missing = outcome == comm::Outcome::kMissing;
     }
+    Vec16 v[kUnroll];
 #pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) {
-      const u32 at = first + j * Share::kStep;
-      if (at < share.end)
-        give_values(params, part, at, is_missing ? Vec16{} : comm::words_of(seen[j]));
-    }
+    for (u32 j = 0; j < kUnroll; ++j) v[j] = is_missing ? Vec16{} : comm::words_of(seen[j]);
+    give_values(params, part, first, share.end, v);
   }
+#pragma unroll 1
   for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
     comm::Awaited found = {comm::Outcome::kArrived, static_cast<u32>(scale)};
     if (k != share.first_scale || static_cast<u32>(scale >> 32) != round.epoch) {
@@ -270,6 +281,7 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
 __device__ __forceinline__ void receive_parts(const LowLatencyDispatchParams& params,
                                               const comm::Round& round, comm::Parts parts,
                                               bool are_in_cells) {
+#pragma unroll 1
   for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
     const comm::Part part = parts.part(item);
     if (part.num_choices == 0) continue;

@@ -122,14 +122,13 @@ __device__ inline u32 ranks_of(const LowLatencyDispatchParams& params, const com
 }
 
 // Puts what a warp has of a granule where a rank finds it.
-template <bool kInCells>
 __device__ __forceinline__ void send_granule(const LowLatencyDispatchParams& params,
                                              const comm::Round& round, u32 rank, u32 token,
-                                             u32 granule, const Sent& sent) {
+                                             u32 granule, const Sent& sent, bool in_cells) {
   const u32 at = granule * comm::kGranuleBytes + lane_index() * sizeof(Vec16),
             me = params.call.rank;
   const bool is_inside = at < data_bytes(params);
-  if (kInCells) {
+  if (in_cells) {
     u64* row = slab::cell_row(params.call.slabs, rank, round.slot, me, token);
     if (is_inside) comm::put_cells(row, at, sent.values, round.epoch);
     put_scales(params, granule, sent.scale, [&](u32 index, u32 scale) {
@@ -145,24 +144,28 @@ __device__ __forceinline__ void send_granule(const LowLatencyDispatchParams& par
 }
 
 // Writes a part to some ranks. By all threads of a group.
-template <bool kInCells>
-__device__ inline void send_part(const LowLatencyDispatchParams& params, const comm::Round& round,
-                                 u32 item, u32 ranks, OwnPart* own) {
+__device__ __forceinline__ void send_part(const LowLatencyDispatchParams& params,
+                                          const comm::Round& round, u32 item, u32 ranks,
+                                          OwnPart* own, bool in_cells) {
   const u32 token = item / params.call.shape.num_parts;
   const comm::Granules granules = granules_of(params, item);
-  for (u32 first = granules.begin + comm::warp_in_group(); first < granules.end;) {
-#pragma unroll
-    for (u32 j = 0; j < OwnPart::kUnroll; ++j) {
-      const u32 granule = first + j * kGroupWarps;
-      if (granule >= granules.end) continue;
-      const Sent sent = prepare(params, own->loaded[j]);
-#pragma unroll
-      for (u32 i = 0; i < kNumRanks; ++i) {
-        if ((ranks >> i) & 1) send_granule<kInCells>(params, round, i, token, granule, sent);
-      }
+  u32 num_loaded = OwnPart::kUnroll;
+#pragma unroll 1
+  for (u32 granule = granules.begin + comm::warp_in_group(); granule < granules.end;
+       granule += kGroupWarps) {
+    if (num_loaded == 0) {
+      load_granules(params, token, granule, granules.end, own);
+      num_loaded = OwnPart::kUnroll;
     }
-    first += OwnPart::kUnroll * kGroupWarps;
-    load_granules(params, token, first, granules.end, own);
+    const Sent sent = prepare(params, own->loaded[0]);
+    // Those behind it move up: the cast, which is long, is there once.
+#pragma unroll
+    for (u32 j = 0; j + 1 < OwnPart::kUnroll; ++j) own->loaded[j] = own->loaded[j + 1];
+    --num_loaded;
+#pragma unroll 1
+    for (u32 rank = 0; rank < kNumRanks; ++rank) {
+      if ((ranks >> rank) & 1) send_granule(params, round, rank, token, granule, sent, in_cells);
+    }
   }
 }
 
@@ -171,16 +174,15 @@ __device__ inline void send_rows(const LowLatencyDispatchParams& params, const c
                                  OwnPart* own) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
+  const bool in_cells = uses_cells(params, call.shape.num_tokens);
+#pragma unroll 1
   for (u32 n = 0; own_item(n) < num_items; ++n) {
     const u32 item = own_item(n);
     if (n > 0) load_part(params, item, own);
     const u32 ranks = ranks_of(params, round, own->expert);
     if (ranks == 0) continue;
-    if (uses_cells(params, call.shape.num_tokens)) {
-      send_part<true>(params, round, item, ranks, own);
-      continue;
-    }
-    send_part<false>(params, round, item, ranks, own);
+    send_part(params, round, item, ranks, own, in_cells);
+    if (in_cells) continue;
     comm::group_barrier();
     if (comm::warp_in_group() == 0 && lane_index() < kNumRanks && (ranks >> lane_index()) & 1) {
       ptx::st_release_sys_u32(slab::flags(call.slabs, lane_index(), round.slot, call.rank) + item,
