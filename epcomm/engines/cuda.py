@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
+from epcomm.engines.call_streams import CallStreams
 from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_low_latency import CudaLowLatency
 from epcomm.engines.cuda_room import Room
@@ -57,12 +57,6 @@ _INT32, _BOOL = np.dtype(np.int32), np.dtype(np.bool_)
 _NO_DTYPE = -1
 #: Where each table of routes begins, in bytes: as memory of its own would.
 _TABLE_ALIGNMENT = 256
-
-
-class _StreamHandle(NamedTuple):
-    """A caller's stream, as far as launching needs one."""
-
-    ptr: int
 
 
 class _Tables(NamedTuple):
@@ -161,18 +155,12 @@ class CudaEngine:
         self._num_dispatches = 0
         self._tickets = itertools.count(1)
         self._is_closed = False
-        self._kept: deque[tuple[Any, Any]] = deque()
-        self._captured: list[Any] = []
         with cupy.cuda.Device(device):
             attributes = cupy.cuda.Device(device).attributes
             self._num_multiprocessors = int(attributes["MultiProcessorCount"])
             self._has_bulk = has_bulk_copies()
             self._comm_stream = cupy.cuda.Stream(non_blocking=True)
-            # Where the call in hand runs, and where the last one ended.
-            self._stream: Any = self._comm_stream
-            self._last_event: Any = None
-            self._last_ptr = 0
-            self._is_capturing = False
+            self._streams = CallStreams(self._comm_stream)
             self._state = cupy.zeros(cuda_params.CALL_STATE_BYTES, np.uint8)
             self._record = _pinned(cuda_params.FAILURE_RECORD)
             self._record_ptr = int(self._record.ctypes.data)
@@ -197,8 +185,8 @@ class CudaEngine:
                 timeout_s=timeout_s,
                 can_mask=can_mask,
                 launcher=self._launcher,
-                stream=lambda: self._stream,
-                is_capturing=lambda: self._is_capturing,
+                stream=lambda: self._streams.stream,
+                is_capturing=lambda: self._streams.is_capturing,
                 before_growth=self._settle,
             )
 
@@ -224,15 +212,9 @@ class CudaEngine:
         return device
 
     def begin(self, order: StreamOrder) -> None:
-        """See `Engine.begin`.
-
-        A call that the caller's stream waits for anyway runs on that stream: it saves two events
-        and their latency. All calls of an engine stay in one order, whatever streams they run on.
-        """
+        """See `Engine.begin`."""
         self._raise_failures()
-        while self._kept and self._kept[0][0].done:
-            self._kept.popleft()
-        current, previous = order.current_stream, order.previous_event
+        current = order.current_stream
         if current == 0 and self._room.slabs.num_sharing > 1:
             raise UnsupportedConfig(
                 f"ranks share GPU {self._device} as threads of one process, and this call is on "
@@ -240,34 +222,11 @@ class CudaEngine:
                 "Give each thread a stream of its own: with cupy.cuda.Stream(non_blocking=True): "
                 "or with torch.cuda.stream(torch.cuda.Stream()):"
             )
-        self._is_capturing = current is not None and streams.is_capturing(current)
-        waits = current is not None and order.waits_for_current
-        if current is not None and waits and previous is None and not order.is_async:
-            self._stream = _StreamHandle(current)
-        else:
-            self._stream = self._comm_stream
-            if previous is not None:
-                previous.stream_wait(self._stream.ptr)
-            if current is not None and waits:
-                streams.wait(self._stream.ptr, streams.record(current))
-        is_elsewhere = self._last_event is not None and self._last_ptr != self._stream.ptr
-        if is_elsewhere and not self._is_capturing:
-            streams.wait(self._stream.ptr, self._last_event)
+        self._streams.begin(order, current is not None and streams.is_capturing(current))
 
     def end(self, order: StreamOrder, keep: Any) -> Any:
         """See `Engine.end`."""
-        event = streams.record(self._stream.ptr)
-        if self._is_capturing:
-            # A replay uses the same memory again, for as long as the graph lives.
-            self._captured.append((event, keep))
-        else:
-            self._last_event, self._last_ptr = event, self._stream.ptr
-            if order.is_async:
-                self._kept.append((event, keep))
-        stream = order.current_stream
-        if stream is not None and not order.is_async and self._stream.ptr != stream:
-            streams.wait(stream, event)
-        return event
+        return self._streams.end(order, keep)
 
     def synchronize(self) -> None:
         """See `Engine.synchronize`."""
@@ -275,14 +234,13 @@ class CudaEngine:
         self._raise_failures()
 
     def _wait_all(self) -> None:
-        """Wait for all calls that ended: for events, as callers' streams may be gone by now."""
+        """Wait for all calls that ended."""
         self._comm_stream.synchronize()
-        if self._last_event is not None:
-            self._last_event.synchronize()
+        self._streams.wait_last()
 
     def _wait_call(self) -> None:
         """Wait for the call in hand, and all before it."""
-        cupy.cuda.runtime.streamSynchronize(self._stream.ptr)
+        cupy.cuda.runtime.streamSynchronize(self._streams.stream.ptr)
         self._wait_all()
 
     def _settle(self) -> None:
@@ -298,7 +256,8 @@ class CudaEngine:
 
     def _launch(self, spec: kernels.KernelSpec, **options: Any) -> None:
         """Start a kernel that waits for peers, on the stream of the call in hand."""
-        self._launcher.launch(spec, stream=self._stream, meets=not self._is_capturing, **options)
+        calls = self._streams
+        self._launcher.launch(spec, stream=calls.stream, meets=not calls.is_capturing, **options)
 
     # --- layout --------------------------------------------------------------------------------
 
@@ -322,7 +281,7 @@ class CudaEngine:
         )
         launch(
             kernels.layout_spec(num_ranks),
-            stream=self._stream,
+            stream=self._streams.stream,
             num_blocks=1,
             num_threads=_ROUTE_THREADS,
             params=params,
@@ -603,7 +562,7 @@ class CudaEngine:
         needed = areas_for(self._group.size, record.max_tokens, staged_row_bytes, slot_row_bytes)
         if self._room.areas.has_room_for(needed):
             return
-        if not record.is_exact or self._is_capturing:
+        if not record.is_exact or self._streams.is_capturing:
             raise self._room.refusal(needed)
         # Ranks that agree all need the same; one that does not would wait for the others in vain.
         self._launch(
@@ -623,7 +582,7 @@ class CudaEngine:
         """Make all slabs large enough. Collective where they grow: all ranks see the same need."""
         if self._room.areas.has_room_for(needed):
             return
-        if self._is_capturing:
+        if self._streams.is_capturing:
             raise self._room.refusal(needed)
         # Peers may still use this slab: each has to be done before the old slabs go.
         self._settle()
@@ -677,8 +636,7 @@ class CudaEngine:
         self._is_closed = True
         with cupy.cuda.Device(self._device):
             self._wait_all()
-            self._kept.clear()
-            self._captured.clear()
+            self._streams.forget()
             self._room.slabs.close(is_collective)
             self._low_latency.close(is_collective)
 
