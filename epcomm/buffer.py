@@ -23,9 +23,7 @@ from epcomm.engines.base import (
     Engine,
     StreamOrder,
 )
-from epcomm.engines.host import HostEngine
-from epcomm.engines.rails import GRACE_S, RailsEngine
-from epcomm.engines.staged import StagedEngine
+from epcomm.engines.make import EngineSetup, make_engine
 from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
 from epcomm.events import EventHandle, EventOverlap
 from epcomm.frameworks import Framework, framework_of, framework_of_dtype
@@ -33,7 +31,6 @@ from epcomm.gpus import current_gpu, find_num_gpus, has_bulk_copies
 from epcomm.group import Group, as_group
 from epcomm.handle import DispatchHandle
 from epcomm.low_latency import LowLatencyCalls
-from epcomm.topology import Topology
 
 _buffer_ids = itertools.count(1)
 
@@ -145,69 +142,17 @@ class Buffer(LowLatencyCalls):
         if has_gpu and gpu is None:
             gpu = current_gpu()
         self._place = Place(CPU if gpu is None else Device("cuda", gpu), ranks.size)
-        self._engine = self._make_engine(ranks, name, settings)
-
-    def _make_engine(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
-        if name == "cuda":
-            return self._make_cuda(ranks)
-        make = self._make_rails if self._topology.num_nodes > 1 else self._make_host
-        device = self._place.device
-        if device == CPU:
-            return make(ranks, settings)
-        from epcomm.engines.device_copies import DeviceCopies
-
-        copies = DeviceCopies(device.index)
-        return StagedEngine(make(ranks, settings), copies, device)
-
-    def _make_host(self, ranks: Group, settings: env.Settings) -> Engine:
-        return HostEngine(
-            ranks,
-            self._topology,
+        setup = EngineSetup(
+            device=self._place.device,
             num_bytes=self.num_nvl_bytes,
-            num_low_latency_bytes=self.num_rdma_bytes,
-            shm_dir=settings.shm_dir,
-            timeout_s=self.timeout_s,
-            can_mask=self.enable_shrink,
-            buffer_id=self.id,
-        )
-
-    def _make_cuda(self, ranks: Group) -> Engine:
-        from epcomm.engines.cuda import CudaEngine
-
-        return CudaEngine(
-            ranks,
-            self._topology,
-            device=self._place.device.index,
-            num_bytes=self.num_nvl_bytes,
-            num_low_latency_bytes=self.num_rdma_bytes,
+            num_further_bytes=self.num_rdma_bytes,
             can_mask=self.enable_shrink,
             num_sms=lambda: Buffer.num_sms,
+            shm_dir=settings.shm_dir,
             timeout_s=self.timeout_s,
             buffer_id=self.id,
         )
-
-    def _make_rails(self, ranks: Group, settings: env.Settings) -> Engine:
-        def make_engine(node_group: Group, names: Sequence[int]) -> HostEngine:
-            return HostEngine(
-                node_group,
-                Topology(node_group.rank, (0,) * node_group.size),
-                num_bytes=self.num_nvl_bytes,
-                num_low_latency_bytes=0,
-                shm_dir=settings.shm_dir,
-                timeout_s=self.timeout_s + GRACE_S,
-                can_mask=False,
-                buffer_id=self.id,
-                names=names,
-            )
-
-        return RailsEngine(
-            ranks,
-            self._topology,
-            make_engine,
-            num_bytes=self.num_rdma_bytes,
-            timeout_s=self.timeout_s,
-            buffer_id=self.id,
-        )
+        self._engine = make_engine(name, ranks, self._topology, setup)
 
     def __repr__(self) -> str:
         if self._engine is None:

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from frames import NumpyFrame, poison, poisoned_outputs
 
-from epcomm import Buffer, streams
+from epcomm import buffer, streams
 from epcomm.arrays import CPU, ArrayView, view_numpy
 from epcomm.engines.staged import StagedEngine
 from epcomm.frameworks.numpy import NumpyFramework
@@ -210,10 +210,10 @@ class FakeFrame(NumpyFrame):
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Make NumPy a framework of this kind, and stage every Buffer."""
-        make_engine, empty = Buffer._make_engine, NumpyFramework.empty
+        make_engine, empty = buffer.make_engine, NumpyFramework.empty
 
-        def make_staged(buffer: Buffer, *args: Any) -> StagedEngine:
-            return CheckedEngine(make_engine(buffer, *args), FakeCopies(), CPU)
+        def make_staged(*args: Any) -> StagedEngine:
+            return CheckedEngine(make_engine(*args), FakeCopies(), CPU)
 
         def make_held(framework: Any, *args: Any) -> ArrayView:
             # As where memory is freed in the order of streams: their work is done before.
@@ -226,7 +226,7 @@ class FakeFrame(NumpyFrame):
             return _current().ptr if self._has_streams else None
 
         changed: dict[Any, dict[str, Any]] = {
-            Buffer: {"_make_engine": make_staged},
+            buffer: {"make_engine": make_staged},
             NumpyFramework: {
                 "empty": make_held,
                 "has_streams": self._has_streams,
