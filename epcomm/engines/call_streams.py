@@ -35,6 +35,8 @@ class CallStreams:
         self.is_capturing = False
         # Where the last call ended; None and any stream before the first.
         self._last_event: Any = None
+        #: For calls whose event nobody else holds: one is made once, and recorded again.
+        self._own_event: Any = None
         self._last_ptr = 0
         #: Events of earlier calls, and what must live until they have passed.
         self._kept: deque[tuple[Any, Any]] = deque()
@@ -78,22 +80,29 @@ class CallStreams:
             own: What must live until then in any case; None stands for nothing.
 
         Returns:
-            The event that was recorded.
+            The event that was recorded; where the caller waits here, it may be recorded again.
         """
-        event = streams.record(self.stream.ptr)
+        ptr = self.stream.ptr
+        is_held = self.is_capturing or order.is_async or own is not None
+        event = streams.record(ptr) if is_held else self._record_again(ptr)
         if self.is_capturing:
             # A replay uses the same memory again, for as long as the graph lives.
             self._captured.append((event, (keep, own)))
         else:
-            self._last_event, self._last_ptr = event, self.stream.ptr
-            if order.is_async:
-                self._kept.append((event, (keep, own)))
-            elif own is not None:
-                self._kept.append((event, own))
+            self._last_event, self._last_ptr = event, ptr
+            if is_held:
+                self._kept.append((event, (keep if order.is_async else None, own)))
         current = order.current_stream
-        if current is not None and not order.is_async and self.stream.ptr != current:
+        if current is not None and not order.is_async and ptr != current:
             streams.wait(current, event)
         return event
+
+    def _record_again(self, stream: int) -> Any:
+        if self._own_event is None:
+            self._own_event = streams.record(stream)
+        else:
+            streams.record_again(self._own_event, stream)
+        return self._own_event
 
     def wait_last(self) -> None:
         """Wait on the host for the last call: for its event, as its stream may be gone by now."""
@@ -104,4 +113,4 @@ class CallStreams:
         """Let go of all that is kept; all calls are done, and no graph is replayed any more."""
         self._kept.clear()
         self._captured.clear()
-        self._last_event = None
+        self._last_event = self._own_event = None

@@ -31,7 +31,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         told.append(f"record {event.name}")
         return event
 
+    def record_again(event: Event, stream: int) -> None:
+        event.name = f"{stream}#{len(told)}"
+        told.append(f"record {event.name}")
+
     monkeypatch.setattr(streams, "record", record)
+    monkeypatch.setattr(streams, "record_again", record_again)
     monkeypatch.setattr(
         streams, "wait", lambda stream, event: told.append(f"{stream} waits for {event.name}")
     )
@@ -87,6 +92,16 @@ def test_calls_follow_one_another_on_any_stream(said: list[str], calls: CallStre
         *("record 5#0", "record 5#1", "6 waits for 5#1", "record 6#3"),
         *("record 6#4", "7 waits for 6#4", "7 waits for 6#3", "record 7#7"),
     ]
+
+
+def test_only_an_event_that_nobody_holds_is_recorded_again(
+    said: list[str], calls: CallStreams
+) -> None:
+    own = call(calls, order_of())
+    assert call(calls, order_of(is_async=True)) is not own
+    assert call(calls, order_of(), own=[]) is not own
+    assert call(calls, order_of(), is_capturing=True) is not own
+    assert call(calls, order_of(previous=Event("given"))) is own
 
 
 def test_a_captured_call_is_not_in_the_order(said: list[str], calls: CallStreams) -> None:
