@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cupy
@@ -92,24 +93,46 @@ class _Routing:
     is_exact: bool
 
 
-class _Move(NamedTuple):
-    """A launch of dispatch.cu, but for its outputs.
+class _Form(NamedTuple):
+    """What follows from the forms of a dispatch's arrays, however many tokens there are.
 
     Attributes:
-        sources: Params in front of the outputs.
-        rest: Params behind them.
+        agreed: What ranks agree in, but for the call and the handle.
+        staged: Bytes of a row and all that travels with it.
+        row_bytes: Bytes of a row.
+        num_scales: Scales of a row.
+        num_topk: Choices that travel with a row.
+        is_64_bit: Whether choices are int64.
         spec: The kernel.
-        num_blocks: Blocks of the grid.
         num_threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
     """
 
-    sources: tuple[int, ...]
-    rest: tuple[int, ...]
+    agreed: tuple[int, ...]
+    staged: int
+    row_bytes: int
+    num_scales: int
+    num_topk: int
+    is_64_bit: bool
     spec: kernels.KernelSpec
-    num_blocks: int
     num_threads: int
     shared_bytes: int
+
+
+class _Move(NamedTuple):
+    """A launch of dispatch.cu, but for its outputs.
+
+    Attributes:
+        form: Of the call.
+        num_blocks: Blocks of the grid.
+        sources: Params in front of the outputs.
+        rest: Params behind them.
+    """
+
+    form: _Form
+    num_blocks: int
+    sources: bytes
+    rest: bytes
 
 
 class CudaEngine:
@@ -254,10 +277,25 @@ class CudaEngine:
         if error is not None:
             raise error
 
-    def _launch(self, spec: kernels.KernelSpec, **options: Any) -> None:
+    def _launch(
+        self,
+        spec: kernels.KernelSpec,
+        *,
+        num_blocks: int,
+        num_threads: int,
+        params: npt.NDArray[np.void],
+        shared_bytes: int = 0,
+    ) -> None:
         """Start a kernel that waits for peers, on the stream of the call in hand."""
-        calls = self._streams
-        self._launcher.launch(spec, stream=calls.stream, meets=not calls.is_capturing, **options)
+        self._launcher.launch(
+            spec,
+            stream=self._streams.stream,
+            num_blocks=num_blocks,
+            num_threads=num_threads,
+            params=params,
+            shared_bytes=shared_bytes,
+            meets=not self._streams.is_capturing,
+        )
 
     # --- layout --------------------------------------------------------------------------------
 
@@ -308,21 +346,21 @@ class CudaEngine:
         num_experts = request.layout.num_tokens_per_expert.shape[0]
         self._check_experts(num_experts)
         num_tokens = request.data.shape[0]
-        staged = _staged_row_bytes(request)
-        header = _dispatch_header("dispatch", 0, request, num_experts)
+        form = self._form(request, num_experts)
+        header = _dispatch_header("dispatch", 0, request, form)
         num_blocks = self._num_blocks(request.num_sms)
         if request.num_worst_tokens:
-            self._check_room(num_tokens, staged)
-        ticket = self._route(request, header, num_experts)
+            self._check_room(num_tokens, form.staged)
+        ticket = self._route(request, form, header, num_experts)
         # Only now: a call that was refused above does not count, on this rank alone as well.
         self._num_dispatches += 1
         # While the GPU routes, all that can be done without the counts.
         tables = self._tables
-        move = self._prepare_move(request, tables, num_experts, staged, num_blocks)
+        move = self._prepare_move(request, tables, form, num_experts, num_blocks)
         num_recv, max_tokens = request.num_worst_tokens, num_tokens
         if not request.num_worst_tokens:
             num_recv, max_tokens = self._wait_counts(ticket)
-            self._grow(areas_for(self._group.size, max_tokens, staged, 0))
+            self._grow(areas_for(self._group.size, max_tokens, form.staged, 0))
         data, scales, topk = self._move(request, move, header, num_recv)
         # After the launch, what the GPU does not wait for.
         is_exact = not request.num_worst_tokens
@@ -339,20 +377,30 @@ class CudaEngine:
 
     def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
         record: _Routing = handle.routing
-        staged = _staged_row_bytes(request)
-        header = _dispatch_header("dispatch with a handle", handle.serial, request, 0)
+        form = self._form(request, 0)
+        header = _dispatch_header("dispatch with a handle", handle.serial, request, form)
         num_blocks = self._num_blocks(request.num_sms)
-        self._make_room(record, staged, 0, header)
-        move = self._prepare_move(request, record.tables, 0, staged, num_blocks)
+        self._make_room(record, form.staged, 0, header)
+        move = self._prepare_move(request, record.tables, form, 0, num_blocks)
         data, scales, _ = self._move(request, move, header, handle.num_recv_rows)
         return DispatchResult(data, scales, None, [], handle)
 
-    def _route(self, request: DispatchRequest, header: bytes, num_experts: int) -> int:
+    def _form(self, request: DispatchRequest, num_experts: int) -> _Form:
+        data, scales, topk = request.data, request.scales, request.topk
+        return _form_of(
+            *(self._group.size, self._has_bulk),
+            *(data.shape[1], data.dtype),
+            *((scales.shape[1], scales.dtype) if scales is not None else (0, None)),
+            *((topk.idx.shape[1], topk.idx.dtype) if topk is not None else (0, None)),
+            *(num_experts, request.expert_alignment),
+        )
+
+    def _route(self, request: DispatchRequest, form: _Form, header: bytes, num_experts: int) -> int:
         """Launch route.cu; return the ticket that the host's summary will carry."""
         layout = request.layout
         assert layout is not None
         num_tokens, num_ranks = request.data.shape[0], self._group.size
-        self._room.check_tokens(num_tokens, _staged_row_bytes(request))
+        self._room.check_tokens(num_tokens, form.staged)
         # Others' tokens are unknown yet; lists bound them.
         most_work = max(1, (num_ranks - 1) * self._room.areas.list_tokens)
         # Kept here as well, for where the call fails while the kernel runs.
@@ -415,8 +463,8 @@ class CudaEngine:
         self,
         request: DispatchRequest,
         tables: _Tables,
+        form: _Form,
         num_experts: int,
-        staged: int,
         num_blocks: int,
     ) -> _Move:
         """Decide all of dispatch.cu's launch but the outputs.
@@ -424,39 +472,33 @@ class CudaEngine:
         Args:
             request: The call.
             tables: Its routes; the GPU may still be filling them.
+            form: Of the call.
             num_experts: Experts over all ranks; 0 with a handle.
-            staged: Bytes of a row and all that travels with it.
             num_blocks: Blocks of the kernel.
         """
         data, scales, topk = request.data, request.scales, request.topk
-        scales_in = num_scales = token_stride = scale_stride = 0
+        scales_in = token_stride = scale_stride = 0
         if scales is not None:
-            scales_in, num_scales = scales.ptr, scales.shape[1]
+            scales_in = scales.ptr
             token_stride, scale_stride = (stride // _WORD for stride in scales.strides)
-        idx_in = weights_in = num_topk = is_64_bit = num_worst_tokens = 0
+        idx_in = weights_in = num_worst_tokens = 0
         if topk is not None:
             idx_in, weights_in = topk.idx.ptr, topk.weights.ptr
-            num_topk, is_64_bit = topk.idx.shape[1], int(topk.idx.dtype.itemsize == 8)
             num_worst_tokens = request.num_worst_tokens
         num_local = num_experts // self._group.size
-        num_warps = cuda_tuning.dispatch_warps(staged)
-        num_stages = cuda_tuning.dispatch_stages(staged)
-        has_bulk = self._has_bulk and num_warps > 0
+        rest = (
+            *(tables.positions, tables.work, tables.summary),
+            *(token_stride, scale_stride),
+            *(data.shape[0], form.row_bytes),
+            *(form.num_scales, form.num_topk, form.is_64_bit, num_worst_tokens),
+            *(self._group.rank * num_local, num_local),
+            *(form.staged, 0),
+        )
         return _Move(
-            sources=(data.ptr, scales_in, idx_in, weights_in),
-            rest=(
-                *(tables.positions, tables.work, tables.summary),
-                *(token_stride, scale_stride),
-                data.shape[0],
-                data.shape[1] * data.dtype.itemsize,
-                *(num_scales, num_topk, is_64_bit, num_worst_tokens),
-                *(self._group.rank * num_local, num_local),
-                *(staged, 0),
-            ),
-            spec=kernels.dispatch_spec(self._group.size, has_bulk, num_stages),
+            form=form,
             num_blocks=num_blocks,
-            num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
-            shared_bytes=cuda_tuning.ring_bytes(num_warps, num_stages, staged) if has_bulk else 0,
+            sources=cuda_params.DISPATCH_SOURCES.pack(data.ptr, scales_in, idx_in, weights_in),
+            rest=cuda_params.DISPATCH_REST.pack(*rest),
         )
 
     def _move(
@@ -474,15 +516,13 @@ class CudaEngine:
             shape = (num_rows, topk.idx.shape[1])
             recv_topk = TopK(allocate(shape, topk.idx.dtype), allocate(shape, topk.weights.dtype))
             idx_out, weights_out = recv_topk.idx.ptr, recv_topk.weights.ptr
-        outputs = (recv.ptr, scales_out, idx_out, weights_out)
+        outputs = cuda_params.DISPATCH_OUTPUTS.pack(recv.ptr, scales_out, idx_out, weights_out)
         self._launch(
-            move.spec,
+            move.form.spec,
             num_blocks=move.num_blocks,
-            num_threads=move.num_threads,
-            params=cuda_params.pack(
-                cuda_params.DISPATCH, self._room.call, header, (*move.sources, *outputs, *move.rest)
-            ),
-            shared_bytes=move.shared_bytes,
+            num_threads=move.form.num_threads,
+            params=cuda_params.join(self._room.call, header, move.sources, outputs, move.rest),
+            shared_bytes=move.form.shared_bytes,
         )
         return recv, recv_scales, recv_topk
 
@@ -649,13 +689,47 @@ def _pinned(dtype: np.dtype[Any]) -> npt.NDArray[np.void]:
     return array
 
 
-def _staged_row_bytes(request: DispatchRequest) -> int:
-    """Return the bytes of a row and all that travels with it."""
-    data, scales, topk = request.data, request.scales, request.topk
-    return cuda_layout.staged_row_bytes(
-        data.shape[1] * data.dtype.itemsize,
-        scales.shape[1] if scales else 0,
-        topk.idx.shape[1] if topk else 0,
+@lru_cache(maxsize=256)
+def _form_of(
+    num_ranks: int,
+    has_bulk: bool,
+    hidden: int,
+    dtype: np.dtype[Any],
+    num_scales: int,
+    scales_dtype: np.dtype[Any] | None,
+    num_topk: int,
+    topk_dtype: np.dtype[Any] | None,
+    num_experts: int,
+    expert_alignment: int,
+) -> _Form:
+    """Return the form of a dispatch; a model's layers share a few of them."""
+    agreed = Agreed(
+        call=0,
+        handle=0,
+        hidden=hidden,
+        dtype=DTYPE_INDEX[dtype],
+        num_scales=num_scales,
+        scales_dtype=_NO_DTYPE if scales_dtype is None else DTYPE_INDEX[scales_dtype],
+        num_topk=num_topk,
+        topk_dtype=_NO_DTYPE if topk_dtype is None else DTYPE_INDEX[topk_dtype],
+        num_experts=num_experts,
+        expert_alignment=expert_alignment,
+    )
+    row_bytes = hidden * dtype.itemsize
+    staged = cuda_layout.staged_row_bytes(row_bytes, num_scales, num_topk)
+    num_warps = cuda_tuning.dispatch_warps(staged)
+    num_stages = cuda_tuning.dispatch_stages(staged)
+    has_bulk = has_bulk and num_warps > 0
+    return _Form(
+        agreed=agreed[2:],
+        staged=staged,
+        row_bytes=row_bytes,
+        num_scales=num_scales,
+        num_topk=num_topk,
+        is_64_bit=topk_dtype is not None and topk_dtype.itemsize == 8,
+        spec=kernels.dispatch_spec(num_ranks, has_bulk, num_stages),
+        num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
+        shared_bytes=cuda_tuning.ring_bytes(num_warps, num_stages, staged) if has_bulk else 0,
     )
 
 
@@ -663,10 +737,10 @@ def _make_tables(num_tokens: int, num_ranks: int, most_work: int) -> _Tables:
     positions_bytes = round_up(num_tokens * num_ranks * _WORD, _TABLE_ALIGNMENT)
     counts_bytes = round_up(num_ranks * num_ranks * _WORD, _TABLE_ALIGNMENT)
     # One allocation, not four: the GPU waits for them.
-    memory = cupy.empty(
-        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * _WORD, np.uint8
+    memory = cupy.cuda.alloc(
+        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * _WORD
     )
-    positions = memory.data.ptr
+    positions = memory.ptr
     counts = positions + positions_bytes
     summary = counts + counts_bytes
     return _Tables(memory, positions, counts, summary, work=summary + _TABLE_ALIGNMENT)
@@ -678,21 +752,11 @@ _HEADER = struct.Struct(
 )
 
 
-def _dispatch_header(call: str, serial: int, request: DispatchRequest, num_experts: int) -> bytes:
-    data, scales, topk = request.data, request.scales, request.topk
-    agreed = Agreed(
-        call=cuda_failures.CALL_INDEX[call],
-        handle=serial,
-        hidden=data.shape[1],
-        dtype=DTYPE_INDEX[data.dtype],
-        num_scales=scales.shape[1] if scales else 0,
-        scales_dtype=DTYPE_INDEX[scales.dtype] if scales else _NO_DTYPE,
-        num_topk=topk.idx.shape[1] if topk else 0,
-        topk_dtype=DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
-        num_experts=num_experts,
-        expert_alignment=request.expert_alignment,
+def _dispatch_header(call: str, serial: int, request: DispatchRequest, form: _Form) -> bytes:
+    index = cuda_failures.CALL_INDEX[call]
+    return _HEADER.pack(
+        index, serial, *form.agreed, request.data.shape[0], request.num_worst_tokens
     )
-    return _HEADER.pack(*agreed, data.shape[0], request.num_worst_tokens)
 
 
 def _check_aligned(view: ArrayView, name: str) -> None:
