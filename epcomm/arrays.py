@@ -272,7 +272,7 @@ def _read_tensor(tensor: _DLTensor, is_readonly: bool, owner: Any, name: str) ->
         shape=shape,
         strides=strides,
         dtype=dtype,
-        device=Device(kind, tensor.device_id if kind == "cuda" else 0),
+        device=gpu(tensor.device_id) if kind == "cuda" else CPU,
         is_readonly=is_readonly,
         owner=owner,
     )
