@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from epcomm import arguments, env, topology
-from epcomm.arguments import Place, view_of
+from epcomm.arguments import KnownLayout, Place, view_of
 from epcomm.arrays import CPU, ArrayView, Device, packed_strides
 from epcomm.config import Config, check_num_sms
 from epcomm.engines import choose_engine, is_staged
@@ -102,6 +102,8 @@ class Buffer(LowLatencyCalls):
         device: int | None = None,
     ) -> None:
         self._engine: Engine | None = None
+        #: The last layout, until it is dispatched.
+        self._known_layout: KnownLayout | None = None
         if (group is None) == (comm is None):
             raise InvalidArgument(
                 "Buffer needs a group or a comm, and not both; pass an mpi4py communicator, a "
@@ -166,7 +168,7 @@ class Buffer(LowLatencyCalls):
     def destroy(self) -> None:
         """Let go of all shared memory. Every rank calls it; calling it again does nothing."""
         if self._engine is not None:
-            engine, self._engine = self._engine, None
+            engine, self._engine, self._known_layout = self._engine, None, None
             engine.close(is_collective=True)
 
     def __del__(self) -> None:
@@ -299,6 +301,7 @@ class Buffer(LowLatencyCalls):
             layout = engine.make_layout(idx, experts, self._allocate(framework, order))
             event = self._end(framework, order, (topk_idx, layout))
         per_node = layout.num_tokens_per_node
+        self._known_layout = KnownLayout(framework, idx, layout)
         return (
             framework.finish(layout.num_tokens_per_rank),
             None if per_node is None else framework.finish(per_node),
@@ -375,11 +378,16 @@ class Buffer(LowLatencyCalls):
             known = arguments.check_handle(handle, self.id, data)
             inputs = [x]
         else:
-            topk = arguments.view_topk(topk_idx, topk_weights, data.shape[0], self._place)
+            num_tokens, place = data.shape[0], self._place
+            known_layout = self._known_layout
+            topk = arguments.view_topk(topk_idx, topk_weights, num_tokens, place, known_layout)
             given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
             if num_experts is not None:
                 given = self._layout_of(topk_idx, num_experts, given)
-            layout = arguments.view_layout(*given, data.shape[0], self._place)
+                known_layout = self._known_layout
+            layout = arguments.view_layout(*given, num_tokens, place, known_layout)
+            if known_layout is not None and layout is known_layout.layout:
+                self._known_layout = None
             inputs = [x, topk_idx, topk_weights, *given]
         alignment = arguments.whole_number(expert_alignment, "expert_alignment", 1)
         num_rows = arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0)
