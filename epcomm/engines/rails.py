@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from epcomm import routing
+from epcomm import routing, streams
 from epcomm.arrays import DTYPE_INDEX, ArrayView, view_numpy
 from epcomm.board import Call, check_agreement, define_call
 from epcomm.engines.base import (
@@ -139,7 +139,7 @@ class Moves(Protocol):
 
 
 #: Makes what moves the rows of a node.
-MakeMoves = Callable[[Topology, NodeEngine], Moves]
+MakeMoves = Callable[[NodeEngine], Moves]
 
 
 class RailsEngine:
@@ -182,7 +182,7 @@ class RailsEngine:
         self._node_group = _NodeGroup(topology.split_by_node(group), self._progress)
         self._rail_group = group.split(index)
         self._engine = make_engine(self._node_group, self._ranks)
-        self._moves = make_moves(topology, self._engine)
+        self._moves = make_moves(self._engine)
         self.name = f"{self._engine.name}+rails"
         self._link = RailLink(
             group.split(index),
@@ -214,6 +214,13 @@ class RailsEngine:
 
     def begin(self, order: StreamOrder) -> None:
         """See `Engine.begin`."""
+        current = order.current_stream
+        if current is not None and streams.is_capturing(current):
+            raise UnsupportedConfig(
+                f"a CUDA graph is being captured, and between nodes the {self.name} engine waits "
+                "on the host, which a graph cannot repeat. Call outside of the capture, or use a "
+                "Buffer of one node's ranks. Nothing was sent."
+            )
         self._engine.begin(order)
 
     def end(self, order: StreamOrder, keep: Any) -> Any:

@@ -30,8 +30,9 @@ import numpy as np
 import numpy.typing as npt
 from frames import NumpyFrame, poison, poisoned_outputs
 
-from epcomm import Buffer, buffer, streams
+from epcomm import buffer, streams
 from epcomm.arrays import CPU, ArrayView, view_numpy
+from epcomm.engines import make
 from epcomm.engines.base import (
     CombineRequest,
     CombineResult,
@@ -221,7 +222,8 @@ class FakeNodeEngine(StagedEngine):
 
     def call_stream(self) -> int:
         """See `NodeEngine.call_stream`."""
-        return self._stream
+        ptr: int = self._streams.stream.ptr
+        return ptr
 
     def check_part(self, request: Any, max_tokens: int) -> None:
         """See `NodeEngine.check_part`."""
@@ -316,16 +318,16 @@ class FakeFrame(NumpyFrame):
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Make NumPy a framework of this kind, and stage every Buffer."""
-        make_engine, make_host = Buffer._make_engine, Buffer._make_host
+        make_engine, make_host = buffer.make_engine, make._make_host
         empty = NumpyFramework.empty
 
-        def make_staged(buffer: Buffer, *args: Any) -> Any:
+        def make_staged(*args: Any) -> Any:
             if self._has_rails:
-                return make_engine(buffer, *args)
-            return CheckedEngine(make_engine(buffer, *args), FakeCopies(), CPU)
+                return make_engine(*args)
+            return CheckedEngine(make_engine(*args), FakeCopies(), CPU)
 
-        def make_staged_node(buffer: Buffer, *args: Any) -> StagedEngine:
-            return FakeNodeEngine(make_host(buffer, *args), FakeCopies(), CPU)
+        def make_staged_node(*args: Any) -> StagedEngine:
+            return FakeNodeEngine(make_host(*args), FakeCopies(), CPU)
 
         def make_device_moves(topology: Topology, engine: Any) -> DeviceMoves:
             return DeviceMoves(topology, engine, FakeRowCopies(), CPU)
@@ -341,9 +343,12 @@ class FakeFrame(NumpyFrame):
             return _current().ptr if self._has_streams else None
 
         changed: dict[Any, dict[str, Any]] = {
-            Buffer: {"_make_engine": make_staged}
-            | ({"_make_host": make_staged_node} if self._has_rails else {}),
-            buffer: {"HostMoves": make_device_moves} if self._has_rails else {},
+            buffer: {"make_engine": make_staged},
+            make: (
+                {"_make_host": make_staged_node, "HostMoves": make_device_moves}
+                if self._has_rails
+                else {}
+            ),
             NumpyFramework: {
                 "empty": make_held,
                 "has_streams": self._has_streams,
