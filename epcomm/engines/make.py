@@ -12,6 +12,7 @@ from epcomm.engines.rail_moves import HostMoves
 from epcomm.engines.rails import GRACE_S, Moves, RailsEngine
 from epcomm.engines.staged import StagedEngine
 from epcomm.group import Group
+from epcomm.mpi_memory import takes_device_pointers
 from epcomm.topology import Topology
 
 
@@ -108,7 +109,8 @@ def _make_rails(name: str, group: Group, topology: Topology, setup: EngineSetup)
         from epcomm.engines.device_copies import DeviceCopies
         from epcomm.engines.device_rail_moves import DeviceMoves
 
-        return DeviceMoves(topology, engine, DeviceCopies(setup.device.index), setup.device)
+        copies, has_pointers = DeviceCopies(setup.device.index), takes_device_pointers()
+        return DeviceMoves(topology, engine, copies, setup.device, has_pointers)
 
     return RailsEngine(
         group,

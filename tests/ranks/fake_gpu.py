@@ -43,6 +43,7 @@ from epcomm.engines.base import (
 from epcomm.engines.device_rail_moves import DeviceMoves
 from epcomm.engines.staged import StagedEngine
 from epcomm.frameworks.numpy import NumpyFramework
+from epcomm.mpi_memory import takes_device_pointers
 from epcomm.topology import Topology
 
 #: Kinds of framework: whether it has streams that callers see, and orders its memory by them.
@@ -190,6 +191,14 @@ class FakeRowCopies(FakeCopies):
         """See `RowCopies.new_stream`."""
         return FakeStream()
 
+    def bytes_on_device(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """See `RowCopies.bytes_on_device`."""
+        return poison(np.empty(num_bytes, np.uint8))
+
+    def address(self, memory: npt.NDArray[np.uint8]) -> int:
+        """See `RowCopies.address`."""
+        return memory.ctypes.data
+
     def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
         """See `RowCopies.copy`."""
         _streams[stream].add(lambda: ctypes.memmove(to, source, num_bytes))
@@ -330,7 +339,8 @@ class FakeFrame(NumpyFrame):
             return FakeNodeEngine(make_host(*args), FakeCopies(), CPU)
 
         def make_device_moves(topology: Topology, engine: Any) -> DeviceMoves:
-            return DeviceMoves(topology, engine, FakeRowCopies(), CPU)
+            has_pointers = takes_device_pointers()
+            return DeviceMoves(topology, engine, FakeRowCopies(), CPU, has_pointers)
 
         def make_held(framework: Any, *args: Any) -> ArrayView:
             # As where memory is freed in the order of streams: their work is done before.
