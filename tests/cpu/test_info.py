@@ -202,7 +202,7 @@ def test_engine_of_a_buffer_that_names_none(
     ("takes", "said"),
     [
         (True, "rows go from GPU to MPI .* EPCOMM_MPI_DEVICE_POINTERS=0"),
-        (False, "rows cross through pinned host memory, .* EPCOMM_MPI_DEVICE_POINTERS=1"),
+        (False, "rows cross through pinned host memory, .*EPCOMM_MPI_DEVICE_POINTERS=1"),
     ],
 )
 def test_way_of_rows_between_nodes(monkeypatch: pytest.MonkeyPatch, takes: bool, said: str) -> None:
