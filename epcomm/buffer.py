@@ -363,6 +363,7 @@ class Buffer(LowLatencyCalls):
         _check_config(config)
         framework, data, scales = arguments.view_rows(x, self._place)
         topk = layout = known = None
+        experts = 0
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise InvalidArgument(
@@ -377,11 +378,19 @@ class Buffer(LowLatencyCalls):
             topk = arguments.view_topk(topk_idx, topk_weights, num_tokens, place, known_layout)
             given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
             if num_experts is not None:
-                given = self._layout_of(topk_idx, num_experts, given)
-                known_layout = self._known_layout
-            layout = arguments.view_layout(*given, num_tokens, place, known_layout)
-            if known_layout is not None and layout is known_layout.layout:
-                self._known_layout = None
+                if topk is None or any(array is not None for array in given):
+                    raise InvalidArgument(
+                        "num_experts= stands for the layout arrays: pass it with topk_idx and "
+                        "without num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank."
+                    )
+                experts = arguments.num_experts_of(num_experts, self.group_size)
+                if not engine.makes_layout_in_dispatch:
+                    given, experts = self._layout_of(topk_idx, experts), 0
+                    known_layout = self._known_layout
+            if not experts:
+                layout = arguments.view_layout(*given, num_tokens, place, known_layout)
+                if known_layout is not None and layout is known_layout.layout:
+                    self._known_layout = None
             inputs = [x, topk_idx, topk_weights, *given]
         alignment = arguments.whole_number(expert_alignment, "expert_alignment", 1)
         num_rows = arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0)
@@ -398,6 +407,7 @@ class Buffer(LowLatencyCalls):
                 num_sms=config.num_sms if config else None,
                 allocate=self._allocate(framework, order),
                 chunks=_chunks_of(config),
+                num_experts=experts,
             )
             result = engine.dispatch(request)
             event = self._end(framework, order, (inputs, result))
@@ -409,14 +419,7 @@ class Buffer(LowLatencyCalls):
             idx, weights = map(framework.finish, (result.topk.idx, result.topk.weights))
         return recv_x, idx, weights, result.num_recv_tokens_per_expert, result.handle, event
 
-    def _layout_of(
-        self, topk_idx: Any, num_experts: int, layout: tuple[Any, Any, Any]
-    ) -> tuple[Any, Any, Any]:
-        if topk_idx is None or any(array is not None for array in layout):
-            raise InvalidArgument(
-                "num_experts= stands for the layout arrays: pass it with topk_idx and without "
-                "num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank."
-            )
+    def _layout_of(self, topk_idx: Any, num_experts: int) -> tuple[Any, Any, Any]:
         per_rank, _, per_expert, in_rank, _ = self.get_dispatch_layout(topk_idx, num_experts)
         return per_rank, per_expert, in_rank
 

@@ -25,32 +25,18 @@ struct LayoutParams {
 
 static_assert(sizeof(LayoutParams) == kLayoutParamsBytes, "epcomm/engines/cuda_params.py differs");
 
-// Choices of a token that are read together: one wait for memory, not one a choice.
-constexpr u32 kBatch = 8;
-
 // Counts a token's choices, and returns the ranks that hold them, as bits.
 __device__ inline u32 count_choices(const LayoutParams& params, u32 token, i32* per_expert) {
   const u32 experts_per_rank = params.num_experts / kNumRanks;
   u32 ranks = 0;
-  for (u32 first = 0; first < params.num_topk; first += kBatch) {
-    i64 experts[kBatch];
-#pragma unroll
-    for (u32 j = 0; j < kBatch; ++j) {
-      const u64 at = u64(token) * params.num_topk + first + j;
-      experts[j] =
-          first + j < params.num_topk ? comm::choice_at(params.topk_idx, params.is_64_bit, at) : -1;
+  comm::for_choices(params.topk_idx, params.is_64_bit, params.num_topk, token, [&](i64 expert) {
+    if (expert < 0 || expert >= i64(params.num_experts)) {
+      params.record->failure = comm::kBadExpert;
+      return;
     }
-#pragma unroll
-    for (u32 j = 0; j < kBatch; ++j) {
-      if (experts[j] == -1) continue;
-      if (experts[j] < -1 || experts[j] >= i64(params.num_experts)) {
-        params.record->failure = comm::kBadExpert;
-        continue;
-      }
-      atomicAdd(per_expert + experts[j], 1);
-      ranks |= 1u << (u32(experts[j]) / experts_per_rank);
-    }
-  }
+    atomicAdd(per_expert + expert, 1);
+    ranks |= 1u << (u32(expert) / experts_per_rank);
+  });
   return ranks;
 }
 

@@ -1,6 +1,7 @@
 // Final positions of all rows, before any row moves.
 //
-// In:   is_token_in_rank [num_tokens, kNumRanks], num_tokens_per_expert [num_experts].
+// In:   is_token_in_rank [num_tokens, kNumRanks], num_tokens_per_expert [num_experts]; or in their
+//       place topk_idx [num_tokens, num_topk] i32 or i64, -1 for no choice.
 // Out:  positions [num_tokens, kNumRanks] i32: each row's place on each receiver, or -1.
 //       work [rows from other ranks] {source rank, token, place here}, sources taking turns.
 //       counts [kNumRanks source, kNumRanks receiver] i32; summary, for later kernels; HostSummary,
@@ -16,6 +17,7 @@
 // Lists have no second half: they are written only after all counts have arrived, when every
 // receiver is done with earlier calls.
 #include "comm/call.cuh"
+#include "comm/choices.cuh"
 #include "comm/route_record.cuh"
 #include "common/types.cuh"
 
@@ -33,6 +35,7 @@ struct RouteParams {
   comm::Call call;
   const bool* is_token_in_rank;
   const i32* num_tokens_per_expert;
+  const void* topk_idx;  // or null, and the two above hold the layout
   i32* positions;
   comm::WorkItem* work;
   i32* counts;
@@ -42,6 +45,8 @@ struct RouteParams {
   u32 num_tokens;
   u32 num_experts;
   u32 num_worst_tokens;
+  u32 num_topk;
+  u32 is_64_bit;
   u32 padding;
 };
 
@@ -71,14 +76,33 @@ __device__ inline u32 exclusive_scan(u32 value, u32* total) {
   return before + inclusive - value;
 }
 
+// Whether a token goes to a receiver. Its choices there are added to pairs, unless that is null.
+__device__ __forceinline__ bool goes_to(const RouteParams& params, u32 token, u32 receiver,
+                                        i32* pairs) {
+  if (params.topk_idx == nullptr) {
+    return params.is_token_in_rank[u64(token) * kNumRanks + receiver];
+  }
+  const u32 num_local = params.num_experts / kNumRanks;
+  bool goes = false;
+  comm::for_choices(params.topk_idx, params.is_64_bit, params.num_topk, token, [&](i64 expert) {
+    const i64 local = expert - i64(receiver) * num_local;
+    const bool is_there = local >= 0 && local < num_local;
+    goes = goes || is_there;
+    if (pairs == nullptr) return;
+    if (is_there) atomicAdd(pairs + local, 1);
+    if (expert < 0 || expert >= params.num_experts) params.call.record->failure = comm::kBadExpert;
+  });
+  return goes;
+}
+
 // Sends this rank's count for one receiver to all, and its header and expert counts to that one.
-__device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 receiver, u32 count) {
+__device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 receiver, u32 count,
+                                   const i32* pairs) {
   const comm::Call& call = params.call;
   const u32 num_local = params.num_experts / kNumRanks;
   i32* remote = slab::expert_counts(call.slabs, receiver, epoch, call.rank);
-  for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) {
-    remote[i] = params.num_tokens_per_expert[receiver * num_local + i];
-  }
+  if (params.topk_idx == nullptr) pairs = params.num_tokens_per_expert + receiver * num_local;
+  for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) remote[i] = pairs[i];
   if (threadIdx.x == 0) comm::put_header(call, epoch, receiver);
   __syncthreads();
   if (threadIdx.x < kNumRanks) {
@@ -177,20 +201,23 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   const u32 me = call.rank, other = blockIdx.x;
   const u32 epoch = comm::begin(call);
   __shared__ i32 counts[kNumRanks * kNumRanks];
+  __shared__ i32 pairs[kMaxLocalExperts];  // choices of each of the receiver's experts
+  if (params.topk_idx != nullptr) {
+    for (u32 i = threadIdx.x; i < params.num_experts / kNumRanks; i += blockDim.x) pairs[i] = 0;
+    __syncthreads();
+  }
 
   // Neighbouring threads have neighbouring tokens' runs, so a scan over threads orders tokens.
   const u32 run = ceil_div(params.num_tokens, blockDim.x);
   const u32 begin = min_of(threadIdx.x * run, params.num_tokens);
   const u32 end = min_of(begin + run, params.num_tokens);
   u32 mine = 0;
-  for (u32 token = begin; token < end; ++token) {
-    mine += params.is_token_in_rank[u64(token) * kNumRanks + other];
-  }
+  for (u32 token = begin; token < end; ++token) mine += goes_to(params, token, other, pairs);
   u32 total;
   u32 k = exclusive_scan(mine, &total);
 
   bool is_good = comm::may_begin(call);
-  if (is_good) send_counts(params, epoch, other, total);
+  if (is_good) send_counts(params, epoch, other, total, pairs);
   is_good = __syncthreads_and(is_good) && wait_counts(call, epoch, counts);
   if (other == me) {
     if (is_good && warp_index() == 0) is_good = check_headers(call, epoch, counts);
@@ -211,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     i32* remote_list = slab::list(call.slabs, other, me);
     for (u32 token = begin; token < end; ++token) {
       const u64 at = u64(token) * kNumRanks + other;
-      const bool goes = params.is_token_in_rank[at];
+      const bool goes = goes_to(params, token, other, nullptr);
       params.positions[at] = goes ? static_cast<i32>(first + k) : -1;
       if (goes) remote_list[k++] = static_cast<i32>(token);
     }

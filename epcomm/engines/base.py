@@ -105,7 +105,7 @@ class DispatchRequest(NamedTuple):
     Attributes:
         data: ``[num_tokens, hidden]`` rows, contiguous.
         scales: ``[num_tokens, num_scales]`` f32 or i32 of any strides, or None.
-        layout: The layout; None where ``handle`` gives it.
+        layout: The layout; None where ``handle`` gives it, or ``num_experts`` with ``topk``.
         topk: Choices that travel with the rows, or None.
         handle: An earlier dispatch to repeat, or None.
         expert_alignment: Expert counts are rounded up to it.
@@ -114,6 +114,8 @@ class DispatchRequest(NamedTuple):
         allocate: Makes the outputs.
         chunks: How rows cross between nodes.
         into: Where to write in place of allocating, for a part of a larger dispatch; or None.
+        num_experts: Where it is above 0 the layout is that of ``topk``, for so many experts; for
+            engines that make it in dispatch.
     """
 
     data: ArrayView
@@ -127,6 +129,7 @@ class DispatchRequest(NamedTuple):
     allocate: Allocate
     chunks: Chunks = DEFAULT_CHUNKS
     into: DispatchInto | None = None
+    num_experts: int = 0
 
 
 class DispatchResult(NamedTuple):
@@ -335,6 +338,8 @@ class Engine(Protocol):
     """Moves rows between the ranks of one node. All transfers are collective."""
 
     name: str
+    #: Whether dispatch takes ``num_experts`` in place of a layout.
+    makes_layout_in_dispatch: bool
 
     def slab_bytes(self) -> int:
         """Return the bytes of shared memory that this rank holds."""

@@ -150,6 +150,7 @@ class CudaEngine:
     """
 
     name = "cuda"
+    makes_layout_in_dispatch = True
 
     def __init__(
         self,
@@ -355,8 +356,9 @@ class CudaEngine:
         num_blocks = self._check_dispatch(request)
         if request.handle is not None:
             return self._dispatch_again(request, request.handle, num_blocks)
-        assert request.layout is not None  # the Buffer gives one of the two
-        num_experts = request.layout.num_tokens_per_expert.shape[0]
+        num_experts = request.num_experts
+        if request.layout is not None:
+            num_experts = request.layout.num_tokens_per_expert.shape[0]
         self._check_experts(num_experts)
         num_tokens = request.data.shape[0]
         form = self._form(request, num_experts)
@@ -422,8 +424,14 @@ class CudaEngine:
 
     def _route(self, request: DispatchRequest, form: _Form, header: bytes, num_experts: int) -> int:
         """Launch route.cu; return the ticket that the host's summary will carry."""
-        layout = request.layout
-        assert layout is not None
+        layout, topk = request.layout, request.topk
+        in_rank = per_expert = idx = num_topk = is_64_bit = 0
+        if layout is not None:
+            in_rank, per_expert = layout.is_token_in_rank.ptr, layout.num_tokens_per_expert.ptr
+        else:
+            assert topk is not None  # the Buffer gives one of the two
+            idx, num_topk = topk.idx.ptr, topk.idx.shape[1]
+            is_64_bit = int(topk.idx.dtype.itemsize == 8)
         num_tokens, num_ranks = request.data.shape[0], self._group.size
         self._room.check_tokens(num_tokens, form.staged)
         # Others' tokens are unknown yet; lists bound them.
@@ -436,15 +444,12 @@ class CudaEngine:
             self._room.call,
             header,
             (
-                layout.is_token_in_rank.ptr,
-                layout.num_tokens_per_expert.ptr,
+                *(in_rank, per_expert, idx),
                 *(tables.positions, tables.work, tables.counts, tables.summary),
                 self._summary_ptr,
                 ticket,
-                num_tokens,
-                num_experts,
-                request.num_worst_tokens,
-                0,
+                *(num_tokens, num_experts, request.num_worst_tokens),
+                *(num_topk, is_64_bit, 0),
             ),
         )
         self._launch(

@@ -88,6 +88,7 @@ class HostEngine:
     """
 
     name = "host"
+    makes_layout_in_dispatch = False
 
     def __init__(
         self,

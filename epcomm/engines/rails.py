@@ -163,6 +163,8 @@ class RailsEngine:
         buffer_id: Marks the handles of this engine's Buffer.
     """
 
+    makes_layout_in_dispatch = False
+
     def __init__(
         self,
         group: Group,

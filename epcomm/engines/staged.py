@@ -82,6 +82,8 @@ class StagedEngine:
         device: That GPU.
     """
 
+    makes_layout_in_dispatch = False
+
     def __init__(self, inner: Engine, copies: Copies, device: Device) -> None:
         self.name = f"{inner.name}+staged"
         self._inner = inner

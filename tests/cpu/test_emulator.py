@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -188,13 +189,22 @@ def test_a_bad_expert_is_reported_and_left_out(world: World, inputs: list[Inputs
     topk_idx = inputs[0].topk_idx.copy()
     topk_idx[2] = [_CASE.num_experts, -2, 0]
 
-    def layout(rank: Rank) -> None:
-        rank.layout(topk_idx if rank.rank == 0 else inputs[rank.rank].topk_idx, _CASE.num_experts)
+    def choices(rank: Rank) -> Any:
+        return topk_idx if rank.rank == 0 else inputs[rank.rank].topk_idx
 
-    first, *others = world.failures(layout)
-    assert first is not None
-    assert first.failure == "bad expert"
-    assert others == [None, None]
+    def layout(rank: Rank) -> None:
+        rank.layout(choices(rank), _CASE.num_experts)
+
+    def route(rank: Rank) -> None:
+        shape = (len(choices(rank)), _CASE.num_ranks)
+        per_expert = np.zeros(_CASE.num_experts, np.int32)
+        rank.route(np.zeros(shape, bool), per_expert, topk_idx=choices(rank))
+
+    for call in (layout, route):
+        first, *others = world.failures(call)
+        assert first is not None
+        assert first.failure == "bad expert"
+        assert others == [None, None]
 
 
 # --- processes of their own --------------------------------------------------------------------

@@ -278,8 +278,9 @@ def run_round(case: Case, inputs: Sequence[Inputs], rank: Rank) -> None:
     same("is_token_in_rank", rank, in_rank, want.is_token_in_rank)
 
     num_remote = sum(source != me for source, _ in origins)
-    handle = rank.route(in_rank, per_expert, num_worst, work_rows=num_remote)
-    check_route(case, rank, handle, topk, origins)
+    for choices in (own.topk_idx, None):  # the layout is made in the kernel, or was made before
+        handle = rank.route(in_rank, per_expert, num_worst, topk_idx=choices, work_rows=num_remote)
+        check_route(case, rank, handle, topk, origins)
 
     received = rank.dispatch(
         handle,

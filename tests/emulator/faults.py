@@ -58,6 +58,7 @@ WATCHED_DECODING, WATCHED_HOOKS = (case.name for case in low_latency.WATCHED_CAS
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
+_CHOICES = "comm/choices.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_SEND = "kernels/low_latency_dispatch_send.cuh"
 _LL_RECEIVE = "kernels/low_latency_dispatch_receive.cuh"
@@ -80,6 +81,20 @@ FAULTS = (
         "                                slab::listed_cell(call.slabs, me, other));",
         "is_good = true;",
         "four ranks",
+    ),
+    Fault(
+        "route: choices are counted while others still clear",
+        _ROUTE,
+        "pairs[i] = 0;\n    __syncthreads();\n",
+        "pairs[i] = 0;\n",
+        "many choices and scales",
+    ),
+    Fault(
+        "route: a token goes by its first choices alone",
+        _CHOICES,
+        "first < num_topk; first += kChoiceBatch",
+        "first < kChoiceBatch; first += kChoiceBatch",
+        "many choices and scales",
     ),
     Fault(
         "route: first positions count one source too many",

@@ -347,6 +347,7 @@ class Rank:
         num_tokens_per_expert: Array,
         num_worst_tokens: int = 0,
         *,
+        topk_idx: Array | None = None,
         header: dict[str, int] | None = None,
         work_rows: int | None = None,
     ) -> Handle:
@@ -356,6 +357,7 @@ class Rank:
             is_token_in_rank: From `layout`.
             num_tokens_per_expert: From `layout`.
             num_worst_tokens: Room at the receiver, 0 for as much as it needs.
+            topk_idx: Choices from which the kernel makes the layout itself, or None.
             header: Values of the header that are not zero.
             work_rows: Room of the work list; the most that can be where None.
         """
@@ -374,8 +376,13 @@ class Rank:
         own = {"call": 1, "num_experts": num_experts, **(header or {})}
         params = np.zeros((), cuda_params.ROUTE)
         params["call"] = self._call(own, num_tokens, num_worst_tokens)
-        params["is_token_in_rank"] = pointer(self._own("is_token_in_rank", is_token_in_rank))
-        params["num_tokens_per_expert"] = pointer(self._own("pairs", num_tokens_per_expert))
+        if topk_idx is None:
+            params["is_token_in_rank"] = pointer(self._own("is_token_in_rank", is_token_in_rank))
+            params["num_tokens_per_expert"] = pointer(self._own("pairs", num_tokens_per_expert))
+        else:
+            params["topk_idx"] = pointer(self._own("choices", topk_idx))
+            params["num_topk"] = topk_idx.shape[1]
+            params["is_64_bit"] = topk_idx.dtype == np.int64
         for name in ("positions", "work", "counts", "summary", "host"):
             params[name] = pointer(getattr(handle, name))
         params["ticket"] = ticket = int(self.rng.integers(1, 1 << 62))
