@@ -205,10 +205,50 @@ def view_rows(x: Any, place: Place) -> tuple[Framework, ArrayView, ArrayView | N
     return framework, view, scales_view
 
 
+class KnownLayout(NamedTuple):
+    """A layout as `Buffer.get_dispatch_layout` gave it, and the choices that it was made of.
+
+    Callers pass both on to dispatch, which then has no need to look at them again.
+
+    Attributes:
+        framework: Of the arrays.
+        topk_idx: The choices.
+        layout: The layout.
+    """
+
+    framework: Framework
+    topk_idx: ArrayView
+    layout: LayoutViews
+
+    def has_choices(self, topk_idx: Any, num_tokens: int) -> bool:
+        """Return whether these are the choices, of so many tokens."""
+        return self._is(self.topk_idx, topk_idx) and self.topk_idx.shape[0] == num_tokens
+
+    def has_arrays(self, per_rank: Any, per_expert: Any, in_rank: Any, num_tokens: int) -> bool:
+        """Return whether these are the layout's arrays, of so many tokens."""
+        views = self.layout
+        return (
+            self._is(views.num_tokens_per_rank, per_rank)
+            and self._is(views.num_tokens_per_expert, per_expert)
+            and self._is(views.is_token_in_rank, in_rank)
+            and views.is_token_in_rank.shape[0] == num_tokens
+        )
+
+    def _is(self, view: ArrayView, array: Any) -> bool:
+        return view.owner is array and self.framework.is_unchanged(view)
+
+
 def view_layout(
-    per_rank: Any, per_expert: Any, in_rank: Any, num_tokens: int, place: Place
+    per_rank: Any,
+    per_expert: Any,
+    in_rank: Any,
+    num_tokens: int,
+    place: Place,
+    known: KnownLayout | None = None,
 ) -> LayoutViews:
     """View the layout arrays of dispatch."""
+    if known is not None and known.has_arrays(per_rank, per_expert, in_rank, num_tokens):
+        return known.layout
     if per_rank is None or per_expert is None or in_rank is None:
         given = {
             "num_tokens_per_rank": per_rank,
@@ -236,7 +276,13 @@ def view_layout(
     )
 
 
-def view_topk(topk_idx: Any, topk_weights: Any, num_tokens: int, place: Place) -> TopK | None:
+def view_topk(
+    topk_idx: Any,
+    topk_weights: Any,
+    num_tokens: int,
+    place: Place,
+    known: KnownLayout | None = None,
+) -> TopK | None:
     """View the choices that travel with the rows."""
     if (topk_idx is None) != (topk_weights is None):
         lone, other = "topk_idx", "topk_weights"
@@ -245,7 +291,11 @@ def view_topk(topk_idx: Any, topk_weights: Any, num_tokens: int, place: Place) -
         raise InvalidArgument(f"{lone} was passed without {other}; pass both or neither.")
     if topk_idx is None:
         return None
-    idx = view_of(topk_idx, "topk_idx", place, shape=(num_tokens, "num_topk"), dtypes=INDEX_DTYPES)
+    if known is not None and known.has_choices(topk_idx, num_tokens):
+        idx = known.topk_idx
+    else:
+        shape = (num_tokens, "num_topk")
+        idx = view_of(topk_idx, "topk_idx", place, shape=shape, dtypes=INDEX_DTYPES)
     check_num_topk(idx, "topk_idx")
     weights = view_of(topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32)
     return TopK(idx, weights)

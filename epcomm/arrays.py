@@ -96,7 +96,8 @@ class ArrayView(NamedTuple):
             step *= shape[axis]
         return True
 
-    def _is_all_of(self, array: npt.NDArray[Any]) -> bool:
+    def is_all_of(self, array: npt.NDArray[Any]) -> bool:
+        """Return whether the view is that of a whole NumPy array."""
         return (self.ptr, self.shape, self.strides, self.dtype) == (
             array.ctypes.data,
             array.shape,
@@ -107,7 +108,7 @@ class ArrayView(NamedTuple):
     def numpy(self) -> npt.NDArray[Any]:
         """Return a CPU array's memory as a NumPy array that keeps the owner alive. No copy."""
         owner = self.owner
-        if isinstance(owner, np.ndarray) and self._is_all_of(owner):
+        if isinstance(owner, np.ndarray) and self.is_all_of(owner):
             return owner
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
@@ -272,7 +273,7 @@ def _read_tensor(tensor: _DLTensor, is_readonly: bool, owner: Any, name: str) ->
         shape=shape,
         strides=strides,
         dtype=dtype,
-        device=Device(kind, tensor.device_id if kind == "cuda" else 0),
+        device=gpu(tensor.device_id) if kind == "cuda" else CPU,
         is_readonly=is_readonly,
         owner=owner,
     )

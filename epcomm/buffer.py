@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from epcomm import arguments, env, topology
-from epcomm.arguments import Place, view_of
+from epcomm.arguments import KnownLayout, Place, view_of
 from epcomm.arrays import CPU, ArrayView, Device, packed_strides
 from epcomm.config import Config, check_num_sms
 from epcomm.engines import choose_engine
@@ -21,13 +21,9 @@ from epcomm.engines.base import (
     CombineRequest,
     DispatchRequest,
     Engine,
-    NodeEngine,
     StreamOrder,
 )
-from epcomm.engines.host import HostEngine
-from epcomm.engines.rail_moves import HostMoves
-from epcomm.engines.rails import GRACE_S, Moves, RailsEngine
-from epcomm.engines.staged import StagedEngine
+from epcomm.engines.make import EngineSetup, make_engine
 from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
 from epcomm.events import EventHandle, EventOverlap
 from epcomm.frameworks import Framework, framework_of, framework_of_dtype
@@ -35,7 +31,6 @@ from epcomm.gpus import current_gpu, find_num_gpus, has_bulk_copies
 from epcomm.group import Group, as_group
 from epcomm.handle import DispatchHandle
 from epcomm.low_latency import LowLatencyCalls
-from epcomm.topology import Topology
 
 _buffer_ids = itertools.count(1)
 
@@ -106,6 +101,8 @@ class Buffer(LowLatencyCalls):
         device: int | None = None,
     ) -> None:
         self._engine: Engine | None = None
+        #: The last layout, until it is dispatched.
+        self._known_layout: KnownLayout | None = None
         if (group is None) == (comm is None):
             raise InvalidArgument(
                 "Buffer needs a group or a comm, and not both; pass an mpi4py communicator, a "
@@ -141,80 +138,17 @@ class Buffer(LowLatencyCalls):
         if name == "cuda" and gpu is None:
             gpu = current_gpu()
         self._place = Place(CPU if gpu is None else Device("cuda", gpu), ranks.size)
-        self._engine = self._make_engine(ranks, name, settings)
-
-    def _make_engine(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
-        nodes, device = self._topology, self._place.device
-        if nodes.num_nodes == 1:
-            made: Engine = (
-                self._make_cuda(ranks) if name == "cuda" else self._make_host(ranks, settings)
-            )
-        else:
-            made = self._make_rails(ranks, name, settings)
-        if name == "cuda" or device == CPU:
-            return made
-        from epcomm.engines.device_copies import DeviceCopies
-
-        return StagedEngine(made, DeviceCopies(device.index), device)
-
-    def _make_host(
-        self, ranks: Group, settings: env.Settings, names: Sequence[int] | None = None
-    ) -> NodeEngine:
-        """Make the host engine; with names that of a node of several."""
-        is_part = names is not None
-        return HostEngine(
-            ranks,
-            Topology(ranks.rank, (0,) * ranks.size),
+        setup = EngineSetup(
+            device=self._place.device,
             num_bytes=self.num_nvl_bytes,
-            num_low_latency_bytes=0 if is_part else self.num_rdma_bytes,
-            shm_dir=settings.shm_dir,
-            timeout_s=self.timeout_s + (GRACE_S if is_part else 0),
-            can_mask=self.enable_shrink and not is_part,
-            buffer_id=self.id,
-            names=names,
-        )
-
-    def _make_cuda(self, ranks: Group, names: Sequence[int] | None = None) -> NodeEngine:
-        """Make the cuda engine; with names that of a node of several."""
-        from epcomm.engines.cuda import CudaEngine
-
-        is_part = names is not None
-        return CudaEngine(
-            ranks,
-            device=self._place.device.index,
-            num_bytes=self.num_nvl_bytes,
-            num_low_latency_bytes=0 if is_part else self.num_rdma_bytes,
-            can_mask=self.enable_shrink and not is_part,
+            num_further_bytes=self.num_rdma_bytes,
+            can_mask=self.enable_shrink,
             num_sms=lambda: Buffer.num_sms,
-            timeout_s=self.timeout_s + (GRACE_S if is_part else 0),
-            buffer_id=self.id,
-            names=names,
-        )
-
-    def _make_rails(self, ranks: Group, name: str, settings: env.Settings) -> Engine:
-        def make_engine(node_group: Group, names: Sequence[int]) -> NodeEngine:
-            if name == "cuda":
-                return self._make_cuda(node_group, names)
-            return self._make_host(node_group, settings, names)
-
-        def make_moves(topology: Topology, engine: NodeEngine) -> Moves:
-            if name != "cuda":
-                return HostMoves(topology, engine)
-            from epcomm.engines.device_copies import DeviceCopies
-            from epcomm.engines.device_rail_moves import DeviceMoves
-
-            device = self._place.device
-            return DeviceMoves(topology, engine, DeviceCopies(device.index), device)
-
-        return RailsEngine(
-            ranks,
-            self._topology,
-            make_engine,
-            make_moves,
-            num_bytes=self.num_rdma_bytes,
+            shm_dir=settings.shm_dir,
             timeout_s=self.timeout_s,
             buffer_id=self.id,
         )
+        self._engine = make_engine(name, ranks, self._topology, setup)
 
     def __repr__(self) -> str:
         if self._engine is None:
@@ -228,7 +162,7 @@ class Buffer(LowLatencyCalls):
     def destroy(self) -> None:
         """Let go of all shared memory. Every rank calls it; calling it again does nothing."""
         if self._engine is not None:
-            engine, self._engine = self._engine, None
+            engine, self._engine, self._known_layout = self._engine, None, None
             engine.close(is_collective=True)
 
     def __del__(self) -> None:
@@ -361,6 +295,7 @@ class Buffer(LowLatencyCalls):
             layout = engine.make_layout(idx, experts, self._allocate(framework, order))
             event = self._end(framework, order, (topk_idx, layout))
         per_node = layout.num_tokens_per_node
+        self._known_layout = KnownLayout(framework, idx, layout)
         return (
             framework.finish(layout.num_tokens_per_rank),
             None if per_node is None else framework.finish(per_node),
@@ -437,11 +372,16 @@ class Buffer(LowLatencyCalls):
             known = arguments.check_handle(handle, self.id, data)
             inputs = [x]
         else:
-            topk = arguments.view_topk(topk_idx, topk_weights, data.shape[0], self._place)
+            num_tokens, place = data.shape[0], self._place
+            known_layout = self._known_layout
+            topk = arguments.view_topk(topk_idx, topk_weights, num_tokens, place, known_layout)
             given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
             if num_experts is not None:
                 given = self._layout_of(topk_idx, num_experts, given)
-            layout = arguments.view_layout(*given, data.shape[0], self._place)
+                known_layout = self._known_layout
+            layout = arguments.view_layout(*given, num_tokens, place, known_layout)
+            if known_layout is not None and layout is known_layout.layout:
+                self._known_layout = None
             inputs = [x, topk_idx, topk_weights, *given]
         alignment = arguments.whole_number(expert_alignment, "expert_alignment", 1)
         num_rows = arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0)

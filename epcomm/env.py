@@ -16,6 +16,7 @@ VARIABLES: tuple[tuple[str, str, str], ...] = (
     ("EPCOMM_TIMEOUT_S", "100", "seconds until a wait for peers ends in CommTimeout"),
     ("EPCOMM_RANKS_PER_NODE", "by host", "ranks that count as one node, consecutive ranks each"),
     ("EPCOMM_SHM_DIR", "none", "folder for the host engine's shared memory (default: unnamed)"),
+    ("EPCOMM_MPI_DEVICE_POINTERS", "as MPI says", "1: rows of GPUs go to MPI as they are, or 0"),
 )
 
 ENGINES = ("auto", "host", "cuda")
@@ -30,12 +31,14 @@ class Settings:
         timeout_s: Deadline of every wait, in seconds, above 0.
         ranks_per_node: What counts as a node, or None for one node a host.
         shm_dir: Folder for shared memory files, or None for memory without a name.
+        mpi_device_pointers: Whether MPI takes pointers to a GPU's memory; None asks the library.
     """
 
     engine: str = "auto"
     timeout_s: float = 100.0
     ranks_per_node: int | None = None
     shm_dir: str | None = None
+    mpi_device_pointers: bool | None = None
 
 
 def parse(environ: Mapping[str, str]) -> Settings:
@@ -53,11 +56,15 @@ def parse(environ: Mapping[str, str]) -> Settings:
     ranks = environ.get("EPCOMM_RANKS_PER_NODE") or None
     if ranks is not None and (not ranks.isascii() or not ranks.isdigit() or int(ranks) < 1):
         raise _bad("EPCOMM_RANKS_PER_NODE", ranks, "a whole number of at least 1")
+    pointers = environ.get("EPCOMM_MPI_DEVICE_POINTERS") or None
+    if pointers not in (None, "0", "1"):
+        raise _bad("EPCOMM_MPI_DEVICE_POINTERS", pointers, "0 or 1")
     return Settings(
         engine=engine,
         timeout_s=_seconds(environ.get("EPCOMM_TIMEOUT_S") or "100"),
         ranks_per_node=None if ranks is None else int(ranks),
         shm_dir=environ.get("EPCOMM_SHM_DIR") or None,
+        mpi_device_pointers=None if pointers is None else pointers == "1",
     )
 
 

@@ -24,6 +24,7 @@ from epcomm.errors import CommTimeout, TransportError
 from epcomm.group import MpiGroup
 from epcomm.waiting import Deadline, poll_until
 
+#: ``[n] uint8``; on a GPU an array of CuPy, which can be cut like NumPy's and given to MPI.
 Bytes = npt.NDArray[np.uint8]
 
 #: Requests that were given up, with their memory: MPI may still read and write it.
@@ -97,7 +98,11 @@ class RailLink:
 
     @contextmanager
     def transfer(
-        self, phase: str, window: Window, receives: Sequence[Message]
+        self,
+        phase: str,
+        window: Window,
+        receives: Sequence[Message],
+        memory: Bytes | None = None,
     ) -> Iterator[Transfer]:
         """Give the messages of one call. All must be sent and received when the block ends.
 
@@ -105,10 +110,13 @@ class RailLink:
             phase: What the messages carry, for errors.
             window: The slots.
             receives: All messages that will come, in order.
+            memory: Where the slots are; None takes the staging memory.
         """
-        if self.memory.size < window.num_bytes:
-            self.memory = self._empty(window.num_bytes)
-        self._current = Transfer(self, phase, window, receives)
+        if memory is None:
+            if self.memory.size < window.num_bytes:
+                self.memory = self._empty(window.num_bytes)
+            memory = self.memory
+        self._current = Transfer(self, phase, window, receives, memory)
         try:
             yield self._current
             self._current.finish()
@@ -178,11 +186,17 @@ class Transfer:
     """The messages of one call: made by `RailLink.transfer`."""
 
     def __init__(
-        self, link: RailLink, phase: str, window: Window, receives: Sequence[Message]
+        self,
+        link: RailLink,
+        phase: str,
+        window: Window,
+        receives: Sequence[Message],
+        memory: Bytes,
     ) -> None:
         self._link = link
         self._phase = phase
-        slots = link.memory[: window.num_bytes].reshape(-1, max(1, window.slot_bytes))
+        self._memory = memory
+        slots = memory[: window.num_bytes].reshape(-1, max(1, window.slot_bytes))
         self._send_slots, self._receive_slots = slots[: window.num_send], slots[window.num_send :]
         self._sends: deque[tuple[Any, int]] = deque()
         self._num_claimed = 0
@@ -292,5 +306,5 @@ class Transfer:
         """Leave what is under way to MPI, which may still use its memory."""
         requests = [request for request, _ in self._sends] + list(self._posted)
         if requests:
-            _abandoned.append((self._link.memory, requests))
+            _abandoned.append((self._memory, requests))
             self._link.close()

@@ -18,6 +18,7 @@ from epcomm.config import DEFAULT_MAX_TOKENS, Config
 from epcomm.engines import choose_engine
 from epcomm.errors import UnsupportedConfig
 from epcomm.gpus import find_num_gpus
+from epcomm.mpi_memory import takes_device_pointers
 from epcomm.topology import Topology
 
 #: Import name, the distributions that bring it, and the extra that installs it.
@@ -144,7 +145,7 @@ def _describe_engine(nodes: Topology | None) -> Iterator[Line]:
         yield "engine", f"{means}; CPU arrays need engine='host'"
         yield "arrays", "on GPUs, which must have peer access; else engine='host', device=i"
         if num_nodes > 1:
-            yield "between nodes", "rows cross through pinned host memory, which any MPI can send"
+            yield "between nodes", _describe_rails()
             return
         yield (
             "decoding",
@@ -155,6 +156,18 @@ def _describe_engine(nodes: Topology | None) -> Iterator[Line]:
         yield "engine", means
         staged = "; on GPU i, staged through host memory, with engine='host', device=i"
         yield "arrays", "in CPU memory" + (staged if find_num_gpus() else "")
+
+
+def _describe_rails() -> str:
+    if takes_device_pointers():
+        return (
+            "rows go from GPU to MPI and from MPI to GPU; EPCOMM_MPI_DEVICE_POINTERS=0 puts pinned "
+            "host memory between"
+        )
+    return (
+        "rows cross through pinned host memory, as this MPI takes no pointers to GPUs; one built "
+        "with CUDA does (EPCOMM_MPI_DEVICE_POINTERS=1 where it does not say so)"
+    )
 
 
 def _describe_frameworks() -> Iterator[Line]:

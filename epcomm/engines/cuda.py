@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cupy
@@ -37,6 +37,7 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
+from epcomm.engines.call_streams import CallStreams
 from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_low_latency import CudaLowLatency
 from epcomm.engines.cuda_room import Room
@@ -56,12 +57,6 @@ _INT32, _BOOL = np.dtype(np.int32), np.dtype(np.bool_)
 _NO_DTYPE = -1
 #: Where each table of routes begins, in bytes: as memory of its own would.
 _TABLE_ALIGNMENT = 256
-
-
-class _StreamHandle(NamedTuple):
-    """A caller's stream, as far as launching needs one."""
-
-    ptr: int
 
 
 class _Tables(NamedTuple):
@@ -97,24 +92,46 @@ class _Routing:
     is_exact: bool
 
 
-class _Move(NamedTuple):
-    """A launch of dispatch.cu, but for its outputs.
+class _Form(NamedTuple):
+    """What follows from the forms of a dispatch's arrays, however many tokens there are.
 
     Attributes:
-        sources: Params in front of the outputs.
-        rest: Params behind them.
+        agreed: What ranks agree in, but for the call and the handle.
+        staged: Bytes of a row and all that travels with it.
+        row_bytes: Bytes of a row.
+        num_scales: Scales of a row.
+        num_topk: Choices that travel with a row.
+        is_64_bit: Whether choices are int64.
         spec: The kernel.
-        num_blocks: Blocks of the grid.
         num_threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
     """
 
-    sources: tuple[int, ...]
-    rest: tuple[int, ...]
+    agreed: tuple[int, ...]
+    staged: int
+    row_bytes: int
+    num_scales: int
+    num_topk: int
+    is_64_bit: bool
     spec: kernels.KernelSpec
-    num_blocks: int
     num_threads: int
     shared_bytes: int
+
+
+class _Move(NamedTuple):
+    """A launch of dispatch.cu, but for its outputs.
+
+    Attributes:
+        form: Of the call.
+        num_blocks: Blocks of the grid.
+        sources: Params in front of the outputs.
+        rest: Params behind them.
+    """
+
+    form: _Form
+    num_blocks: int
+    sources: bytes
+    rest: bytes
 
 
 class CudaEngine:
@@ -155,18 +172,12 @@ class CudaEngine:
         self._num_dispatches = 0
         self._tickets = itertools.count(1)
         self._is_closed = False
-        self._kept: deque[tuple[Any, Any]] = deque()
-        self._captured: list[Any] = []
         with cupy.cuda.Device(device):
             attributes = cupy.cuda.Device(device).attributes
             self._num_multiprocessors = int(attributes["MultiProcessorCount"])
             self._has_bulk = has_bulk_copies()
             self._comm_stream = cupy.cuda.Stream(non_blocking=True)
-            # Where the call in hand runs, and where the last one ended.
-            self._stream: Any = self._comm_stream
-            self._last_event: Any = None
-            self._last_ptr = 0
-            self._is_capturing = False
+            self._streams = CallStreams(self._comm_stream)
             self._state = cupy.zeros(cuda_params.CALL_STATE_BYTES, np.uint8)
             self._record = _pinned(cuda_params.FAILURE_RECORD)
             self._record_ptr = int(self._record.ctypes.data)
@@ -191,8 +202,8 @@ class CudaEngine:
                 timeout_s=timeout_s,
                 can_mask=can_mask,
                 launcher=self._launcher,
-                stream=lambda: self._stream,
-                is_capturing=lambda: self._is_capturing,
+                stream=lambda: self._streams.stream,
+                is_capturing=lambda: self._streams.is_capturing,
                 before_growth=self._settle,
             )
 
@@ -218,15 +229,9 @@ class CudaEngine:
         return device
 
     def begin(self, order: StreamOrder) -> None:
-        """See `Engine.begin`.
-
-        A call that the caller's stream waits for anyway runs on that stream: it saves two events
-        and their latency. All calls of an engine stay in one order, whatever streams they run on.
-        """
+        """See `Engine.begin`."""
         self._raise_failures()
-        while self._kept and self._kept[0][0].done:
-            self._kept.popleft()
-        current, previous = order.current_stream, order.previous_event
+        current = order.current_stream
         if current == 0 and self._room.slabs.num_sharing > 1:
             raise UnsupportedConfig(
                 f"ranks share GPU {self._device} as threads of one process, and this call is on "
@@ -234,34 +239,11 @@ class CudaEngine:
                 "Give each thread a stream of its own: with cupy.cuda.Stream(non_blocking=True): "
                 "or with torch.cuda.stream(torch.cuda.Stream()):"
             )
-        self._is_capturing = current is not None and streams.is_capturing(current)
-        waits = current is not None and order.waits_for_current
-        if current is not None and waits and previous is None and not order.is_async:
-            self._stream = _StreamHandle(current)
-        else:
-            self._stream = self._comm_stream
-            if previous is not None:
-                previous.stream_wait(self._stream.ptr)
-            if current is not None and waits:
-                streams.wait(self._stream.ptr, streams.record(current))
-        is_elsewhere = self._last_event is not None and self._last_ptr != self._stream.ptr
-        if is_elsewhere and not self._is_capturing:
-            streams.wait(self._stream.ptr, self._last_event)
+        self._streams.begin(order, current is not None and streams.is_capturing(current))
 
     def end(self, order: StreamOrder, keep: Any) -> Any:
         """See `Engine.end`."""
-        event = streams.record(self._stream.ptr)
-        if self._is_capturing:
-            # A replay uses the same memory again, for as long as the graph lives.
-            self._captured.append((event, keep))
-        else:
-            self._last_event, self._last_ptr = event, self._stream.ptr
-            if order.is_async:
-                self._kept.append((event, keep))
-        stream = order.current_stream
-        if stream is not None and not order.is_async and self._stream.ptr != stream:
-            streams.wait(stream, event)
-        return event
+        return self._streams.end(order, keep)
 
     def synchronize(self) -> None:
         """See `Engine.synchronize`."""
@@ -269,14 +251,13 @@ class CudaEngine:
         self._raise_failures()
 
     def _wait_all(self) -> None:
-        """Wait for all calls that ended: for events, as callers' streams may be gone by now."""
+        """Wait for all calls that ended."""
         self._comm_stream.synchronize()
-        if self._last_event is not None:
-            self._last_event.synchronize()
+        self._streams.wait_last()
 
     def _wait_call(self) -> None:
         """Wait for the call in hand, and all before it."""
-        cupy.cuda.runtime.streamSynchronize(self._stream.ptr)
+        cupy.cuda.runtime.streamSynchronize(self._streams.stream.ptr)
         self._wait_all()
 
     def _settle(self) -> None:
@@ -285,7 +266,7 @@ class CudaEngine:
 
     def call_stream(self) -> int:
         """See `NodeEngine.call_stream`."""
-        stream: int = self._stream.ptr
+        stream: int = self._streams.stream.ptr
         return stream
 
     def check_part(self, request: DispatchRequest | CombineRequest, max_tokens: int) -> None:
@@ -294,7 +275,7 @@ class CudaEngine:
             self._check_combine(request)
             return
         self._check_dispatch(request)
-        self._room.check_tokens(max_tokens, _staged_row_bytes(request))
+        self._room.check_tokens(max_tokens, self._form(request, 0).staged)
 
     def fail(self, missed: int) -> None:
         """See `NodeEngine.fail`: peers' kernels find their abort cells set."""
@@ -309,9 +290,25 @@ class CudaEngine:
         if error is not None:
             raise error
 
-    def _launch(self, spec: kernels.KernelSpec, **options: Any) -> None:
+    def _launch(
+        self,
+        spec: kernels.KernelSpec,
+        *,
+        num_blocks: int,
+        num_threads: int,
+        params: npt.NDArray[np.void],
+        shared_bytes: int = 0,
+    ) -> None:
         """Start a kernel that waits for peers, on the stream of the call in hand."""
-        self._launcher.launch(spec, stream=self._stream, meets=not self._is_capturing, **options)
+        self._launcher.launch(
+            spec,
+            stream=self._streams.stream,
+            num_blocks=num_blocks,
+            num_threads=num_threads,
+            params=params,
+            shared_bytes=shared_bytes,
+            meets=not self._streams.is_capturing,
+        )
 
     # --- layout --------------------------------------------------------------------------------
 
@@ -335,7 +332,7 @@ class CudaEngine:
         )
         launch(
             kernels.layout_spec(num_ranks),
-            stream=self._stream,
+            stream=self._streams.stream,
             num_blocks=1,
             num_threads=_ROUTE_THREADS,
             params=params,
@@ -355,28 +352,27 @@ class CudaEngine:
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """See `Engine.dispatch`."""
-        self._check_dispatch(request)
+        num_blocks = self._check_dispatch(request)
         if request.handle is not None:
-            return self._dispatch_again(request, request.handle)
+            return self._dispatch_again(request, request.handle, num_blocks)
         assert request.layout is not None  # the Buffer gives one of the two
         num_experts = request.layout.num_tokens_per_expert.shape[0]
         self._check_experts(num_experts)
         num_tokens = request.data.shape[0]
-        staged = _staged_row_bytes(request)
-        header = _dispatch_header("dispatch", 0, request, num_experts)
-        num_blocks = self._num_blocks(request.num_sms)
+        form = self._form(request, num_experts)
+        header = _dispatch_header("dispatch", 0, request, form)
         if request.num_worst_tokens:
-            self._check_room(num_tokens, staged)
-        ticket = self._route(request, header, num_experts)
+            self._check_room(num_tokens, form.staged)
+        ticket = self._route(request, form, header, num_experts)
         # Only now: a call that was refused above does not count, on this rank alone as well.
         self._num_dispatches += 1
         # While the GPU routes, all that can be done without the counts.
         tables = self._tables
-        move = self._prepare_move(request, tables, num_experts, staged, num_blocks)
+        move = self._prepare_move(request, tables, form, num_experts, num_blocks)
         num_recv, max_tokens = request.num_worst_tokens, num_tokens
         if not request.num_worst_tokens:
             num_recv, max_tokens = self._wait_counts(ticket)
-            self._grow(areas_for(self._group.size, max_tokens, staged, 0))
+            self._grow(areas_for(self._group.size, max_tokens, form.staged, 0))
         data, scales, topk = self._move(request, move, header, num_recv)
         # After the launch, what the GPU does not wait for.
         is_exact = not request.num_worst_tokens
@@ -391,32 +387,45 @@ class CudaEngine:
         counts = self._expert_counts(request, num_experts) if is_exact else []
         return DispatchResult(data, scales, topk, counts, handle)
 
-    def _check_dispatch(self, request: DispatchRequest) -> None:
+    def _check_dispatch(self, request: DispatchRequest) -> int:
+        """Raise what one rank can see alone; return the blocks to launch."""
         _check_aligned(request.data, "x")
-        self._num_blocks(request.num_sms)
+        return self._num_blocks(request.num_sms)
 
-    def _check_combine(self, request: CombineRequest) -> None:
+    def _check_combine(self, request: CombineRequest) -> int:
+        """As `_check_dispatch`."""
         _check_aligned(request.data, "x")
         for i, bias in enumerate(request.biases):
             _check_aligned(bias, f"bias[{i}]")
-        self._num_blocks(request.num_sms)
+        return self._num_blocks(request.num_sms)
 
-    def _dispatch_again(self, request: DispatchRequest, handle: DispatchHandle) -> DispatchResult:
+    def _dispatch_again(
+        self, request: DispatchRequest, handle: DispatchHandle, num_blocks: int
+    ) -> DispatchResult:
         record: _Routing = handle.routing
-        staged = _staged_row_bytes(request)
-        header = _dispatch_header("dispatch with a handle", handle.serial, request, 0)
-        num_blocks = self._num_blocks(request.num_sms)
-        self._make_room(record, staged, 0, header)
-        move = self._prepare_move(request, record.tables, 0, staged, num_blocks)
+        form = self._form(request, 0)
+        header = _dispatch_header("dispatch with a handle", handle.serial, request, form)
+        self._make_room(record, form.staged, 0, header)
+        move = self._prepare_move(request, record.tables, form, 0, num_blocks)
         data, scales, _ = self._move(request, move, header, handle.num_recv_rows)
         return DispatchResult(data, scales, None, [], handle)
 
-    def _route(self, request: DispatchRequest, header: bytes, num_experts: int) -> int:
+    def _form(self, request: DispatchRequest, num_experts: int) -> _Form:
+        data, scales, topk = request.data, request.scales, request.topk
+        return _form_of(
+            *(self._group.size, self._has_bulk),
+            *(data.shape[1], data.dtype),
+            *((scales.shape[1], scales.dtype) if scales is not None else (0, None)),
+            *((topk.idx.shape[1], topk.idx.dtype) if topk is not None else (0, None)),
+            *(num_experts, request.expert_alignment),
+        )
+
+    def _route(self, request: DispatchRequest, form: _Form, header: bytes, num_experts: int) -> int:
         """Launch route.cu; return the ticket that the host's summary will carry."""
         layout = request.layout
         assert layout is not None
         num_tokens, num_ranks = request.data.shape[0], self._group.size
-        self._room.check_tokens(num_tokens, _staged_row_bytes(request))
+        self._room.check_tokens(num_tokens, form.staged)
         # Others' tokens are unknown yet; lists bound them.
         most_work = max(1, (num_ranks - 1) * self._room.areas.list_tokens)
         # Kept here as well, for where the call fails while the kernel runs.
@@ -479,8 +488,8 @@ class CudaEngine:
         self,
         request: DispatchRequest,
         tables: _Tables,
+        form: _Form,
         num_experts: int,
-        staged: int,
         num_blocks: int,
     ) -> _Move:
         """Decide all of dispatch.cu's launch but the outputs.
@@ -488,39 +497,33 @@ class CudaEngine:
         Args:
             request: The call.
             tables: Its routes; the GPU may still be filling them.
+            form: Of the call.
             num_experts: Experts over all ranks; 0 with a handle.
-            staged: Bytes of a row and all that travels with it.
             num_blocks: Blocks of the kernel.
         """
         data, scales, topk = request.data, request.scales, request.topk
-        scales_in = num_scales = token_stride = scale_stride = 0
+        scales_in = token_stride = scale_stride = 0
         if scales is not None:
-            scales_in, num_scales = scales.ptr, scales.shape[1]
+            scales_in = scales.ptr
             token_stride, scale_stride = (stride // _WORD for stride in scales.strides)
-        idx_in = weights_in = num_topk = is_64_bit = num_worst_tokens = 0
+        idx_in = weights_in = num_worst_tokens = 0
         if topk is not None:
             idx_in, weights_in = topk.idx.ptr, topk.weights.ptr
-            num_topk, is_64_bit = topk.idx.shape[1], int(topk.idx.dtype.itemsize == 8)
             num_worst_tokens = request.num_worst_tokens
         num_local = num_experts // self._group.size
-        num_warps = cuda_tuning.dispatch_warps(staged)
-        num_stages = cuda_tuning.dispatch_stages(staged)
-        has_bulk = self._has_bulk and num_warps > 0
+        rest = (
+            *(tables.positions, tables.work, tables.summary),
+            *(token_stride, scale_stride),
+            *(data.shape[0], form.row_bytes),
+            *(form.num_scales, form.num_topk, form.is_64_bit, num_worst_tokens),
+            *(self._group.rank * num_local, num_local),
+            *(form.staged, 0),
+        )
         return _Move(
-            sources=(data.ptr, scales_in, idx_in, weights_in),
-            rest=(
-                *(tables.positions, tables.work, tables.summary),
-                *(token_stride, scale_stride),
-                data.shape[0],
-                data.shape[1] * data.dtype.itemsize,
-                *(num_scales, num_topk, is_64_bit, num_worst_tokens),
-                *(self._group.rank * num_local, num_local),
-                *(staged, 0),
-            ),
-            spec=kernels.dispatch_spec(self._group.size, has_bulk, num_stages),
+            form=form,
             num_blocks=num_blocks,
-            num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
-            shared_bytes=cuda_tuning.ring_bytes(num_warps, num_stages, staged) if has_bulk else 0,
+            sources=cuda_params.DISPATCH_SOURCES.pack(data.ptr, scales_in, idx_in, weights_in),
+            rest=cuda_params.DISPATCH_REST.pack(*rest),
         )
 
     def _move(
@@ -548,15 +551,13 @@ class CudaEngine:
             scales_out = recv_scales.ptr
         if recv_topk is not None:
             idx_out, weights_out = recv_topk.idx.ptr, recv_topk.weights.ptr
-        outputs = (recv.ptr, scales_out, idx_out, weights_out)
+        outputs = cuda_params.DISPATCH_OUTPUTS.pack(recv.ptr, scales_out, idx_out, weights_out)
         self._launch(
-            move.spec,
+            move.form.spec,
             num_blocks=move.num_blocks,
-            num_threads=move.num_threads,
-            params=cuda_params.pack(
-                cuda_params.DISPATCH, self._room.call, header, (*move.sources, *outputs, *move.rest)
-            ),
-            shared_bytes=move.shared_bytes,
+            num_threads=move.form.num_threads,
+            params=cuda_params.join(self._room.call, header, move.sources, outputs, move.rest),
+            shared_bytes=move.form.shared_bytes,
         )
         return recv, recv_scales, recv_topk
 
@@ -580,8 +581,7 @@ class CudaEngine:
     def combine(self, request: CombineRequest) -> CombineResult:
         """See `Engine.combine`."""
         data, weights, handle = request.data, request.topk_weights, request.handle
-        self._check_combine(request)
-        num_blocks = self._num_blocks(request.num_sms)
+        num_blocks = self._check_combine(request)
         record: _Routing = handle.routing
         num_topk = weights.shape[1] if weights is not None else 0
         row_bytes = data.shape[1] * data.dtype.itemsize
@@ -647,7 +647,7 @@ class CudaEngine:
         needed = areas_for(self._group.size, record.max_tokens, staged_row_bytes, slot_row_bytes)
         if self._room.areas.has_room_for(needed):
             return
-        if not record.is_exact or self._is_capturing:
+        if not record.is_exact or self._streams.is_capturing:
             raise self._room.refusal(needed)
         # Ranks that agree all need the same; one that does not would wait for the others in vain.
         self._launch(
@@ -667,7 +667,7 @@ class CudaEngine:
         """Make all slabs large enough. Collective where they grow: all ranks see the same need."""
         if self._room.areas.has_room_for(needed):
             return
-        if self._is_capturing:
+        if self._streams.is_capturing:
             raise self._room.refusal(needed)
         # Peers may still use this slab: each has to be done before the old slabs go.
         self._settle()
@@ -721,8 +721,7 @@ class CudaEngine:
         self._is_closed = True
         with cupy.cuda.Device(self._device):
             self._wait_all()
-            self._kept.clear()
-            self._captured.clear()
+            self._streams.forget()
             self._room.slabs.close(is_collective)
             self._low_latency.close(is_collective)
 
@@ -735,13 +734,47 @@ def _pinned(dtype: np.dtype[Any]) -> npt.NDArray[np.void]:
     return array
 
 
-def _staged_row_bytes(request: DispatchRequest) -> int:
-    """Return the bytes of a row and all that travels with it."""
-    data, scales, topk = request.data, request.scales, request.topk
-    return cuda_layout.staged_row_bytes(
-        data.shape[1] * data.dtype.itemsize,
-        scales.shape[1] if scales else 0,
-        topk.idx.shape[1] if topk else 0,
+@lru_cache(maxsize=256)
+def _form_of(
+    num_ranks: int,
+    has_bulk: bool,
+    hidden: int,
+    dtype: np.dtype[Any],
+    num_scales: int,
+    scales_dtype: np.dtype[Any] | None,
+    num_topk: int,
+    topk_dtype: np.dtype[Any] | None,
+    num_experts: int,
+    expert_alignment: int,
+) -> _Form:
+    """Return the form of a dispatch; a model's layers share a few of them."""
+    agreed = Agreed(
+        call=0,
+        handle=0,
+        hidden=hidden,
+        dtype=DTYPE_INDEX[dtype],
+        num_scales=num_scales,
+        scales_dtype=_NO_DTYPE if scales_dtype is None else DTYPE_INDEX[scales_dtype],
+        num_topk=num_topk,
+        topk_dtype=_NO_DTYPE if topk_dtype is None else DTYPE_INDEX[topk_dtype],
+        num_experts=num_experts,
+        expert_alignment=expert_alignment,
+    )
+    row_bytes = hidden * dtype.itemsize
+    staged = cuda_layout.staged_row_bytes(row_bytes, num_scales, num_topk)
+    num_warps = cuda_tuning.dispatch_warps(staged)
+    num_stages = cuda_tuning.dispatch_stages(staged)
+    has_bulk = has_bulk and num_warps > 0
+    return _Form(
+        agreed=agreed[2:],
+        staged=staged,
+        row_bytes=row_bytes,
+        num_scales=num_scales,
+        num_topk=num_topk,
+        is_64_bit=topk_dtype is not None and topk_dtype.itemsize == 8,
+        spec=kernels.dispatch_spec(num_ranks, has_bulk, num_stages),
+        num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
+        shared_bytes=cuda_tuning.ring_bytes(num_warps, num_stages, staged) if has_bulk else 0,
     )
 
 
@@ -749,10 +782,10 @@ def _make_tables(num_tokens: int, num_ranks: int, most_work: int) -> _Tables:
     positions_bytes = round_up(num_tokens * num_ranks * _WORD, _TABLE_ALIGNMENT)
     counts_bytes = round_up(num_ranks * num_ranks * _WORD, _TABLE_ALIGNMENT)
     # One allocation, not four: the GPU waits for them.
-    memory = cupy.empty(
-        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * _WORD, np.uint8
+    memory = cupy.cuda.alloc(
+        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * _WORD
     )
-    positions = memory.data.ptr
+    positions = memory.ptr
     counts = positions + positions_bytes
     summary = counts + counts_bytes
     return _Tables(memory, positions, counts, summary, work=summary + _TABLE_ALIGNMENT)
@@ -764,21 +797,11 @@ _HEADER = struct.Struct(
 )
 
 
-def _dispatch_header(call: str, serial: int, request: DispatchRequest, num_experts: int) -> bytes:
-    data, scales, topk = request.data, request.scales, request.topk
-    agreed = Agreed(
-        call=cuda_failures.CALL_INDEX[call],
-        handle=serial,
-        hidden=data.shape[1],
-        dtype=DTYPE_INDEX[data.dtype],
-        num_scales=scales.shape[1] if scales else 0,
-        scales_dtype=DTYPE_INDEX[scales.dtype] if scales else _NO_DTYPE,
-        num_topk=topk.idx.shape[1] if topk else 0,
-        topk_dtype=DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
-        num_experts=num_experts,
-        expert_alignment=request.expert_alignment,
+def _dispatch_header(call: str, serial: int, request: DispatchRequest, form: _Form) -> bytes:
+    index = cuda_failures.CALL_INDEX[call]
+    return _HEADER.pack(
+        index, serial, *form.agreed, request.data.shape[0], request.num_worst_tokens
     )
-    return _HEADER.pack(*agreed, data.shape[0], request.num_worst_tokens)
 
 
 def _check_aligned(view: ArrayView, name: str) -> None:

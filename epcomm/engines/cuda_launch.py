@@ -14,6 +14,9 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from epcomm.errors import CommTimeout
 from epcomm.group import Group
 from epcomm.jit.compile import load_function
@@ -87,32 +90,44 @@ class PeerLauncher:
         self,
         spec: KernelSpec,
         *,
+        stream: Any,
+        num_blocks: int,
+        num_threads: int,
+        params: npt.NDArray[np.void],
         shared_bytes: int = 0,
         meets: bool = True,
         can_mask: bool = False,
-        **options: Any,
     ) -> None:
-        """Start a kernel.
+        """Start a kernel; what is not said here is as in `epcomm.jit.launch.launch`.
 
         Args:
             spec: The kernel.
+            stream: A cupy.cuda.Stream, or anything with its ``ptr``.
+            num_blocks: Blocks of the grid.
+            num_threads: Threads of a block.
+            params: The kernel's argument.
             shared_bytes: Dynamic shared memory of a block.
             meets: False where all that the kernel waits for is launched already, and while a graph
                 is captured.
             can_mask: Whether the kernel goes on without ranks that do not come.
-            **options: See `epcomm.jit.launch.launch`.
 
         Raises:
             CommTimeout: A rank did not come; every later call raises it again.
         """
         meeting = self._meeting if meets else None
-        if meeting is None:
-            launch(spec, shared_bytes=shared_bytes, **options)
-            return
-        load_function(spec, shared_bytes)
-        self._meet(meeting, can_mask)
-        launch(spec, shared_bytes=shared_bytes, **options)
-        self._meet(meeting, can_mask)
+        if meeting is not None:
+            load_function(spec, shared_bytes)
+            self._meet(meeting, can_mask)
+        launch(
+            spec,
+            stream=stream,
+            num_blocks=num_blocks,
+            num_threads=num_threads,
+            params=params,
+            shared_bytes=shared_bytes,
+        )
+        if meeting is not None:
+            self._meet(meeting, can_mask)
 
     def _meet(self, meeting: Meeting, can_mask: bool) -> None:
         if self._failure is not None:

@@ -255,10 +255,16 @@ def _codes(dtype: np.dtype[Any]) -> str:
 def _packer(dtype: np.dtype[Any], first: int) -> struct.Struct:
     """Return the packer of all fields but the first ones."""
     names = dtype.names or ()
+    return packer_of(dtype, *names[first:])
+
+
+def packer_of(dtype: np.dtype[Any], *names: str) -> struct.Struct:
+    """Return the packer of neighbouring fields of a struct, nested ones spread out."""
     fields: Any = dtype.fields or {}
-    packer = struct.Struct("=" + "".join(_codes(fields[name][0]) for name in names[first:]))
-    if sum(fields[name][0].itemsize for name in names[:first]) + packer.size != dtype.itemsize:
-        raise TypeError(f"struct {names} has padding; reorder or pad its fields")
+    packer = struct.Struct("=" + "".join(_codes(fields[name][0]) for name in names))
+    size, all_sizes = (sum(fields[name][0].itemsize for name in some) for some in (names, fields))
+    if packer.size != size or all_sizes != dtype.itemsize:
+        raise TypeError(f"struct {dtype.names} has padding; reorder or pad its fields")
     return packer
 
 
@@ -290,8 +296,19 @@ def pack(
         header: The header as bytes.
         values: Every field behind ``call``, in order, subarrays spread out.
     """
-    head = call[:_HEADER_OFFSET] + header + call[_HEADER_OFFSET + len(header) :]
-    return _plain(head + _packer(dtype, 1).pack(*values))
+    return join(call, header, _packer(dtype, 1).pack(*values))
+
+
+def join(call: bytes, header: bytes, *parts: bytes) -> npt.NDArray[np.void]:
+    """Return a kernel's argument as `pack` does, of packed fields behind ``call``."""
+    end = _HEADER_OFFSET + len(header)
+    return _plain(b"".join((call[:_HEADER_OFFSET], header, call[end:], *parts)))
 
 
 _HEADER_OFFSET: int = CALL.fields["header"][1] if CALL.fields else 0
+
+_DISPATCH_NAMES = DISPATCH.names or ()
+#: What stands behind ``call`` in DISPATCH, in three parts: the outputs are known last.
+DISPATCH_SOURCES = packer_of(DISPATCH, *_DISPATCH_NAMES[1:5])
+DISPATCH_OUTPUTS = packer_of(DISPATCH, *_DISPATCH_NAMES[5:9])
+DISPATCH_REST = packer_of(DISPATCH, *_DISPATCH_NAMES[9:])

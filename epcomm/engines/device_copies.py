@@ -58,10 +58,21 @@ class DeviceCopies:
         """See `RowCopies.new_stream`."""
         return cupy.cuda.Stream(non_blocking=True)
 
+    def bytes_on_device(self, num_bytes: int) -> Any:
+        """See `RowCopies.bytes_on_device`: an allocation of its own, which MPI may register."""
+        memory = cupy.cuda.Memory(max(1, num_bytes))
+        return cupy.ndarray((num_bytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+
+    def address(self, memory: Any) -> int:
+        """See `RowCopies.address`."""
+        on_host = isinstance(memory, np.ndarray)
+        return int(memory.ctypes.data if on_host else memory.data.ptr)
+
     def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
         """See `RowCopies.copy`."""
         runtime = cupy.cuda.runtime
-        runtime.memcpyAsync(to, source, num_bytes, runtime.memcpyDeviceToDevice, stream)
+        # CUDA knows by an address where it is.
+        runtime.memcpyAsync(to, source, num_bytes, runtime.memcpyDefault, stream)
 
     def set_bits(self, ptr: int, num_bytes: int, stream: int) -> None:
         """See `RowCopies.set_bits`."""

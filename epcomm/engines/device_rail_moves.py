@@ -1,7 +1,8 @@
 """Calls between nodes whose rows are on GPUs: what `rail_moves` is for rows in CPU memory.
 
-What crosses goes through pinned memory, a chunk at a time: gathered on the GPU and copied to the
-host, then sent; received, then copied to this rank's GPU. The node's engine takes all rows of a
+What crosses goes through staging memory, a chunk at a time: gathered on the GPU and copied there,
+then sent; received, then copied to its place on this rank's GPU. Staging memory is pinned memory of
+the host, or the GPU's where MPI takes pointers to it. The node's engine takes all rows of a
 rail peer at once, as they cross: those of its tokens that come here and no others. So one kernel
 spreads a node's rows, and one sums them, and the sums are what goes back.
 
@@ -45,10 +46,10 @@ from epcomm.engines.host import make_layout
 from epcomm.engines.rail_routes import RailRoutes
 from epcomm.engines.sections import Sections
 from epcomm.engines.staged import Copies
-from epcomm.rail_link import Bytes, Message, RailLink, Transfer, Window
+from epcomm.rail_link import Bytes, Message, RailLink, Transfer, Window, empty_bytes
 from epcomm.topology import Topology
 
-_INT64 = np.dtype(np.int64)
+_UINT8 = np.dtype(np.uint8)
 
 #: Arrays on the GPU, row i of all of them being of one token.
 _Rows = dict[str, ArrayView]
@@ -61,8 +62,16 @@ class RowCopies(Copies, Protocol):
         """Return a stream, with its handle as ``ptr``."""
         ...
 
+    def bytes_on_device(self, num_bytes: int) -> Bytes:
+        """Return memory of the GPU as an array that MPI takes."""
+        ...
+
+    def address(self, memory: Bytes) -> int:
+        """Return the address of pinned memory, or of what `bytes_on_device` gave."""
+        ...
+
     def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
-        """Queue the copy from one address of the GPU to another."""
+        """Queue the copy from one address to another, of the GPU or of pinned memory."""
         ...
 
     def set_bits(self, ptr: int, num_bytes: int, stream: int) -> None:
@@ -105,12 +114,19 @@ class DeviceMoves:
         engine: Of this rank's node.
         copies: Of this rank's GPU.
         device: That GPU.
+        has_device_pointers: Whether MPI takes pointers to the GPU's memory.
     """
 
     def __init__(
-        self, topology: Topology, engine: NodeEngine, copies: RowCopies, device: Device
+        self,
+        topology: Topology,
+        engine: NodeEngine,
+        copies: RowCopies,
+        device: Device,
+        has_device_pointers: bool,
     ) -> None:
         self._topology, self._engine = topology, engine
+        self._has_device_pointers = has_device_pointers
         self._copies, self._device = copies, device
         with copies.active():
             self._to_host, self._to_device = copies.new_stream(), copies.new_stream()
@@ -118,8 +134,20 @@ class DeviceMoves:
         self._staging: dict[str, tuple[Any, int]] = {}
 
     def empty(self, num_bytes: int) -> Bytes:
-        """See `Moves.empty`: pinned memory."""
+        """See `Moves.empty`: pinned memory, or the GPU's."""
+        if self._has_device_pointers:
+            return self._copies.bytes_on_device(num_bytes)
         return self._copies.empty_on_host(num_bytes)
+
+    def empty_on_host(self, num_bytes: int) -> Bytes | None:
+        """See `Moves.empty_on_host`."""
+        return empty_bytes(num_bytes) if self._has_device_pointers else None
+
+    def view_memory(self, memory: Bytes) -> ArrayView:
+        """See `Moves.view_memory`."""
+        if self._has_device_pointers:
+            return self._view(self._copies.address(memory), memory.shape, _UINT8, memory)
+        return view_numpy(memory)
 
     def close(self) -> None:
         """See `Moves.close`."""
@@ -307,7 +335,8 @@ class DeviceMoves:
                 if "topk_idx" in rows:
                     table = known.numbers[node]
                     self._copies.look_up(table, rows["topk_idx"], self._to_host.ptr)
-                self._copies.to_host(gathered, slot[: sections.end], self._to_host.ptr)
+                at = self._copies.address(slot)
+                self._copies.copy(gathered, at, sections.end, self._to_host.ptr)
 
             return _Piece(sections.end, copy)
 
@@ -461,8 +490,9 @@ class DeviceMoves:
 
         def copy(slot: Bytes) -> None:
             for name, view in rows.items():
-                memory = sections.view(slot, name).reshape(-1).view(np.uint8)
-                self._copies.to_host(_rows_of(view, run).ptr, memory, self._to_host.ptr)
+                some, at = _rows_of(view, run), self._copies.address(slot) + sections.offset(name)
+                if some.num_bytes:
+                    self._copies.copy(some.ptr, at, some.num_bytes, self._to_host.ptr)
 
         return _Piece(sections.end, copy)
 
@@ -474,9 +504,9 @@ class DeviceMoves:
 
         def copy(slot: Bytes) -> None:
             for name, view in rows.items():
-                memory = sections.view(slot, name).reshape(-1).view(np.uint8)
-                if memory.size:
-                    self._copies.to_device(memory, view.ptr, self._to_device.ptr)
+                at = self._copies.address(slot) + sections.offset(name)
+                if view.num_bytes:
+                    self._copies.copy(at, view.ptr, view.num_bytes, self._to_device.ptr)
 
         return _Piece(sections.end, copy)
 

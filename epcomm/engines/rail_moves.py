@@ -56,6 +56,14 @@ class HostMoves:
         """See `Moves.empty`."""
         return empty_bytes(num_bytes)
 
+    def empty_on_host(self, num_bytes: int) -> Bytes | None:
+        """See `Moves.empty_on_host`: `empty` gives it."""
+        return None
+
+    def view_memory(self, memory: Bytes) -> ArrayView:
+        """See `Moves.view_memory`."""
+        return view_numpy(memory)
+
     def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
         """See `Moves.make_layout`."""
         return make_layout(topk_idx, num_experts, self._topology, allocate)

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from epcomm import routing
-from epcomm.arrays import DTYPE_INDEX, ArrayView, view_numpy
+from epcomm import routing, streams
+from epcomm.arrays import DTYPE_INDEX, ArrayView
 from epcomm.board import Call, check_agreement, define_call
 from epcomm.engines.base import (
     Allocate,
@@ -79,7 +79,15 @@ class Moves(Protocol):
     """What depends on where rows are: `rail_moves` for the CPU's memory, `device_rail_moves`."""
 
     def empty(self, num_bytes: int) -> Bytes:
-        """Return memory of the host for what MPI sends and receives."""
+        """Return memory for the rows that MPI sends and receives."""
+        ...
+
+    def empty_on_host(self, num_bytes: int) -> Bytes | None:
+        """Return memory for what the host itself sends; None where `empty` gives such."""
+        ...
+
+    def view_memory(self, memory: Bytes) -> ArrayView:
+        """View what `empty` gave."""
         ...
 
     def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
@@ -139,7 +147,7 @@ class Moves(Protocol):
 
 
 #: Makes what moves the rows of a node.
-MakeMoves = Callable[[Topology, NodeEngine], Moves]
+MakeMoves = Callable[[NodeEngine], Moves]
 
 
 class RailsEngine:
@@ -182,7 +190,7 @@ class RailsEngine:
         self._node_group = _NodeGroup(topology.split_by_node(group), self._progress)
         self._rail_group = group.split(index)
         self._engine = make_engine(self._node_group, self._ranks)
-        self._moves = make_moves(topology, self._engine)
+        self._moves = make_moves(self._engine)
         self.name = f"{self._engine.name}+rails"
         self._link = RailLink(
             group.split(index),
@@ -214,6 +222,13 @@ class RailsEngine:
 
     def begin(self, order: StreamOrder) -> None:
         """See `Engine.begin`."""
+        current = order.current_stream
+        if current is not None and streams.is_capturing(current):
+            raise UnsupportedConfig(
+                f"a CUDA graph is being captured, and between nodes the {self.name} engine waits "
+                "on the host, which a graph cannot repeat. Call outside of the capture, or use a "
+                "Buffer of one node's ranks. Nothing was sent."
+            )
         self._engine.begin(order)
 
     def end(self, order: StreamOrder, keep: Any) -> Any:
@@ -235,7 +250,7 @@ class RailsEngine:
     def local_memory(self, is_low_latency: bool) -> ArrayView:
         """See `Engine.local_memory`; with True the memory in which rows are staged for MPI."""
         if is_low_latency:
-            return view_numpy(self._link.memory)
+            return self._moves.view_memory(self._link.memory)
         return self._engine.local_memory(False)
 
     def close(self, is_collective: bool) -> None:
@@ -413,7 +428,8 @@ class RailsEngine:
         largest = max([mine.end, *(message.num_bytes for message in receives)])
         found = {topology.node: part(topology.node)}
         window = Window(largest, len(others), len(others))
-        with self._link.transfer("dispatch: routes", window, receives) as transfer:
+        memory = self._moves.empty_on_host(window.num_bytes)
+        with self._link.transfer("dispatch: routes", window, receives, memory) as transfer:
             for node in self._forward:
                 slot = transfer.next_send_slot()
                 for name, array in part(node).items():

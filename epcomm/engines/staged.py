@@ -9,7 +9,6 @@ read when it returns, and its outputs are ordered by streams like those of the c
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -35,6 +34,7 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
+from epcomm.engines.call_streams import CallStreams
 from epcomm.engines.low_latency_arrays import allocate_result, check_combine_buffer
 from epcomm.errors import UnsupportedConfig
 
@@ -87,14 +87,9 @@ class StagedEngine:
         self._inner = inner
         self._copies = copies
         self._device = device
-        # Where the call in hand runs, and where the last one ended.
-        self._stream: int = copies.comm_stream.ptr
-        self._last_event: Any = None
-        self._last_stream = self._stream
+        self._streams = CallStreams(copies.comm_stream)
         #: What the call in hand copies to the GPU.
         self._sources: list[Any] = []
-        #: Events of earlier calls, and what must live until they have passed.
-        self._kept: deque[tuple[Any, Any]] = deque()
         self._combine_buffer: Any = None
         self._combine_buffer_bytes = 0
 
@@ -117,50 +112,27 @@ class StagedEngine:
         return self._copies.active()
 
     def begin(self, order: StreamOrder) -> None:
-        """See `Engine.begin`.
-
-        A call that the caller's stream waits for anyway runs on that stream.
-        """
-        current, previous = order.current_stream, order.previous_event
+        """See `Engine.begin`."""
+        current = order.current_stream
         if current is not None and streams.is_capturing(current):
             raise UnsupportedConfig(
                 f"a CUDA graph is being captured, and the {self.name} engine copies arrays through "
                 "host memory, which a graph cannot repeat. Call outside of the capture, or use "
                 "engine='cuda', which needs one node and peer access. Nothing was sent."
             )
-        while self._kept and self._kept[0][0].done:
-            self._kept.popleft()
         self._sources = []
-        comm: int = self._copies.comm_stream.ptr
-        waits = current is not None and order.waits_for_current
-        if current is not None and waits and previous is None and not order.is_async:
-            self._stream = current
-        else:
-            self._stream = comm
-            if previous is not None:
-                previous.stream_wait(comm)
-            if current is not None and waits:
-                streams.wait(comm, streams.record(current))
-        if self._last_event is not None and self._last_stream != self._stream:
-            streams.wait(self._stream, self._last_event)
+        self._streams.begin(order, is_capturing=False)
 
     def end(self, order: StreamOrder, keep: Any) -> Any:
         """See `Engine.end`."""
-        event = streams.record(self._stream)
-        self._last_event, self._last_stream = event, self._stream
         # Pinned memory goes back to its pool, for others to write, only when it has been read.
-        self._kept.append((event, (self._sources, keep if order.is_async else None)))
-        self._sources = []
-        stream = order.current_stream
-        if stream is not None and not order.is_async and self._stream != stream:
-            streams.wait(stream, event)
-        return event
+        sources, self._sources = self._sources, []
+        return self._streams.end(order, keep, own=sources)
 
     def synchronize(self) -> None:
         """See `Engine.synchronize`."""
         self._copies.synchronize(self._copies.comm_stream.ptr)
-        if self._last_event is not None:
-            self._last_event.synchronize()
+        self._streams.wait_last()
 
     # --- copies --------------------------------------------------------------------------------
 
@@ -174,7 +146,7 @@ class StagedEngine:
         first, num_bytes = _span(view)
         memory = self._copies.empty_on_host(num_bytes)
         if num_bytes:
-            self._copies.to_host(view.ptr + first, memory, self._stream)
+            self._copies.to_host(view.ptr + first, memory, self._streams.stream.ptr)
         ptr = memory.ctypes.data - first
         return view._replace(ptr=ptr, device=CPU, is_readonly=False, owner=memory)
 
@@ -186,7 +158,7 @@ class StagedEngine:
 
     def _fetch_into(self, array: npt.NDArray[Any], ptr: int) -> None:
         if array.size:
-            self._copies.to_host(ptr, _bytes(array), self._stream)
+            self._copies.to_host(ptr, _bytes(array), self._streams.stream.ptr)
 
     def _give(self, allocate: Allocate, host: ArrayView, num_rows: int | None = None) -> ArrayView:
         """Allocate an output and queue the copy of so many leading rows; None stands for all."""
@@ -198,11 +170,11 @@ class StagedEngine:
         """Queue the copy of contiguous host memory to an address of the GPU."""
         if array.size:
             self._sources.append(array)
-            self._copies.to_device(_bytes(array), ptr, self._stream)
+            self._copies.to_device(_bytes(array), ptr, self._streams.stream.ptr)
 
     def _wait(self) -> None:
         """Wait for what was fetched."""
-        self._copies.synchronize(self._stream)
+        self._copies.synchronize(self._streams.stream.ptr)
 
     # --- layout, dispatch and combine ----------------------------------------------------------
 
@@ -408,8 +380,8 @@ class StagedEngine:
         """See `Engine.close`."""
         with self.active():
             self.synchronize()
-            self._kept.clear()
-            self._last_event = self._combine_buffer = None
+            self._streams.forget()
+            self._combine_buffer = None
             self._combine_buffer_bytes = 0
             self._inner.close(is_collective)
 

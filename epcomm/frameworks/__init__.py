@@ -56,6 +56,13 @@ class Framework(Protocol):
         """
         ...
 
+    def is_unchanged(self, view: ArrayView) -> bool:
+        """Return whether a row-major view still is that of its owner.
+
+        The owner, an array of this framework, may have got another shape or other memory since.
+        """
+        ...
+
     def finish(self, view: ArrayView) -> Any:
         """Return a view from `empty`, or one of a slab, as an array of this framework, no copy.
 

@@ -15,18 +15,6 @@ from epcomm.errors import InvalidArgument
 _STORED_AS = {dtype: np.dtype(np.uint8) for dtype in DTYPES if "float8" in dtype.name}
 
 
-def _view(array: Any, dtype: np.dtype[Any]) -> ArrayView:
-    return ArrayView(
-        array.data.ptr,
-        array.shape,
-        array.strides,
-        dtype,
-        gpu(array.device.id),
-        is_readonly=False,
-        owner=array,
-    )
-
-
 class CupyFramework:
     """See `epcomm.frameworks.Framework`."""
 
@@ -41,7 +29,9 @@ class CupyFramework:
 
     def view(self, array: Any, name: str) -> ArrayView:
         """View an input."""
-        return _view(array, array.dtype)
+        memory = array.data
+        device = gpu(memory.device_id)
+        return ArrayView(memory.ptr, array.shape, array.strides, array.dtype, device, False, array)
 
     def empty(
         self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int | None
@@ -49,7 +39,13 @@ class CupyFramework:
         """Make memory for an output."""
         if device.kind != "cuda":
             raise InvalidArgument(f"CuPy has no memory on {device}; pass NumPy arrays there.")
-        return _view(cupy.empty(shape, _STORED_AS.get(dtype, dtype)), dtype)
+        array = cupy.empty(shape, _STORED_AS.get(dtype, dtype))
+        return ArrayView(array.data.ptr, shape, array.strides, dtype, device, False, array)
+
+    def is_unchanged(self, view: ArrayView) -> bool:
+        """Compare with what the array says now."""
+        array = view.owner
+        return (array.data.ptr, array.shape, array.strides) == (view.ptr, view.shape, view.strides)
 
     def finish(self, view: ArrayView) -> Any:
         """Return the CuPy array."""

@@ -74,6 +74,10 @@ class JaxFramework:
             return CupyFramework().empty(shape, dtype, device, None)
         return view_numpy(empty_aligned(shape, dtype))
 
+    def is_unchanged(self, view: ArrayView) -> bool:
+        """Only its memory may have gone: JAX arrays never change."""
+        return not view.owner.is_deleted()
+
     def finish(self, view: ArrayView) -> Any:
         """Return the JAX array, or NumPy's where JAX cannot hold 64-bit values (x64 is off)."""
         if view.device.kind == "cuda":

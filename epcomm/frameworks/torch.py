@@ -26,12 +26,32 @@ def numpy_dtype(dtype: torch.dtype, name: str) -> np.dtype[Any]:
     return _NUMPY_OF_TORCH[dtype]
 
 
+#: The handle of a GPU's current stream, without the object that torch makes of it; or None.
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+@cache
+def _torch_device(device: Device) -> torch.device:
+    return torch.device(str(device))
+
+
+@cache
+def _external_stream(stream: int, index: int) -> torch.cuda.ExternalStream:
+    return torch.cuda.ExternalStream(stream, index)
+
+
 @cache
 def _device_of(device: torch.device) -> Device | None:
     """Return epcomm's name for one of torch's devices; None where it takes no tensors."""
     if device.type not in ("cpu", "cuda"):
         return None
     return Device(device.type, device.index or 0)
+
+
+def _strides(tensor: torch.Tensor, dtype: np.dtype[Any]) -> tuple[int, ...]:
+    """Return a tensor's strides in bytes."""
+    itemsize = dtype.itemsize
+    return tuple([step * itemsize for step in tensor.stride()])
 
 
 class _CudaMemory:
@@ -96,14 +116,9 @@ class TorchFramework:
         if array.is_conj() or array.is_neg():
             raise InvalidArgument(f"{name} is a lazy view; pass {name}.resolve_neg().")
         dtype = numpy_dtype(array.dtype, name)
+        ptr = _data_ptr(array, name)
         return ArrayView(
-            ptr=_data_ptr(array, name),
-            shape=tuple(array.shape),
-            strides=tuple([step * dtype.itemsize for step in array.stride()]),
-            dtype=dtype,
-            device=device,
-            is_readonly=False,
-            owner=array,
+            ptr, tuple(array.shape), _strides(array, dtype), dtype, device, False, array
         )
 
     def empty(
@@ -111,14 +126,23 @@ class TorchFramework:
     ) -> ArrayView:
         """Make memory for an output."""
         if stream is None:
-            tensor = torch.empty(shape, dtype=_TORCH_OF_NUMPY[dtype], device=str(device))
+            tensor = torch.empty(shape, dtype=_TORCH_OF_NUMPY[dtype], device=_torch_device(device))
         else:
             current = torch.cuda.current_stream(device.index)
-            with torch.cuda.stream(torch.cuda.ExternalStream(stream, device.index)):
-                tensor = torch.empty(shape, dtype=_TORCH_OF_NUMPY[dtype], device=str(device))
+            with torch.cuda.stream(_external_stream(stream, device.index)):
+                tensor = torch.empty(
+                    shape, dtype=_TORCH_OF_NUMPY[dtype], device=_torch_device(device)
+                )
             # The caller uses it on the current stream, so only after that may it be reused.
             tensor.record_stream(current)
-        return self.view(tensor, "output")
+        ptr = _data_ptr(tensor, "output")
+        return ArrayView(ptr, shape, _strides(tensor, dtype), dtype, device, False, tensor)
+
+    def is_unchanged(self, view: ArrayView) -> bool:
+        """Compare with what the tensor says now."""
+        tensor = view.owner
+        is_there = tensor.data_ptr() == view.ptr and tensor.shape == view.shape
+        return bool(is_there and tensor.is_contiguous())
 
     def finish(self, view: ArrayView) -> Any:
         """Return the tensor."""
@@ -129,8 +153,9 @@ class TorchFramework:
         else:  # memory of a slab
             raw = np.dtype(f"u{view.dtype.itemsize}")
             tensor = torch.from_numpy(view.numpy().view(raw)).view(_TORCH_OF_NUMPY[view.dtype])
-        steps = tuple(step // view.dtype.itemsize for step in view.strides)
-        if tensor.shape != view.shape or tensor.stride() != steps:
+        if tensor.shape != view.shape or _strides(tensor, view.dtype) != view.strides:
+            itemsize = view.dtype.itemsize
+            steps = tuple([step // itemsize for step in view.strides])
             tensor = torch.as_strided(tensor, view.shape, steps)
         return tensor
 
@@ -138,6 +163,8 @@ class TorchFramework:
         """Return the handle of the current stream; None on the CPU."""
         if device.kind == "cpu":
             return None
+        if _raw_stream is not None:
+            return int(_raw_stream(device.index))
         return int(torch.cuda.current_stream(device.index).cuda_stream)
 
     def wait_ready(self, arrays: Iterable[Any]) -> None:

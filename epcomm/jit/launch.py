@@ -24,7 +24,7 @@ def launch(
 
     Args:
         spec: The kernel; compiled at its first use.
-        stream: A cupy.cuda.Stream.
+        stream: A cupy.cuda.Stream, or anything with its ``ptr``.
         num_blocks: Blocks of the grid.
         num_threads: Threads of a block.
         params: The one by-value argument, zero-dimensional, of the kernel's struct.

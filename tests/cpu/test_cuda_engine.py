@@ -31,6 +31,7 @@ def engine() -> Any:
     made._record = np.zeros((), cuda_params.FAILURE_RECORD)
     made._summary = np.zeros((), cuda_params.HOST_SUMMARY)
     made._room = SimpleNamespace(slabs=SimpleNamespace(num_sharing=1))
+    made._names = (0, 1)
     made._is_closed = True
     made._wait_call = lambda: None
     return made

@@ -42,7 +42,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def run_kernel(launcher: cuda_launch.PeerLauncher, **options: Any) -> None:
-    launcher.launch(None, num_blocks=1, **options)  # type: ignore[arg-type]
+    what: Any = {"spec": None, "stream": None, "params": None}
+    launcher.launch(**what, num_blocks=1, num_threads=32, **options)
 
 
 def test_threads_start_together_and_go_on_together(

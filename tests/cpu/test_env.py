@@ -104,3 +104,12 @@ def test_table_says_something_of_each() -> None:
         assert default
         assert meaning
     assert len({name for name, _, _ in env.VARIABLES}) == len(env.VARIABLES)
+
+
+def test_device_pointers_of_mpi() -> None:
+    def parsed(value: str) -> bool | None:
+        return env.parse({"EPCOMM_MPI_DEVICE_POINTERS": value}).mpi_device_pointers
+
+    assert [parsed(value) for value in ("", "0", "1")] == [None, False, True]
+    with pytest.raises(InvalidArgument, match="must be 0 or 1"):
+        parsed("yes")

@@ -77,7 +77,8 @@ def test_under_mpi_one_rank_shows_all_ranks(mpiexec: Callable[..., Result]) -> N
     found = parse(result.stdout.partition("EPCOMM-OK")[0])
     assert list(found) == SECTIONS
     assert found["ranks"] == {"ranks": "2", "nodes": "2 (node of each rank: [0, 1])"}
-    assert found["engine"] == {"engine": "host, by EPCOMM_ENGINE", "arrays": "in CPU memory"}
+    engine = "host, by EPCOMM_ENGINE, and MPI between 2 nodes"
+    assert found["engine"] == {"engine": engine, "arrays": "in CPU memory"}
     assert found["environment"]["EPCOMM_RANKS_PER_NODE"].startswith("1: ")
     assert result.stdout.count("\nMPI\n") == 1
     assert found["MPI"]["mpi4py"] == metadata.version("mpi4py")
@@ -165,7 +166,7 @@ class TestGpus:
             "auto: cuda; CPU arrays need engine='host'",
             "on GPUs, which must have peer access",
         ),
-        ("auto", 2, 2, "auto: host, between 2 nodes; CPU arrays need", "on GPUs, staged: copied"),
+        ("auto", 2, 2, "auto: cuda, and MPI between 2 nodes; CPU arrays need", "on GPUs, which"),
         ("host", 2, 1, "host, by EPCOMM_ENGINE", "in CPU memory; on GPU i, staged through"),
         (
             "cuda",
@@ -192,7 +193,21 @@ def test_engine_of_a_buffer_that_names_none(
     found = lines_of(lambda: info._describe_engine(nodes))
     assert found["engine"].startswith(engine)
     assert found.get("arrays") == arrays or found["arrays"].startswith(arrays)
-    assert ("decoding" in found) == (arrays is not None and "peer access" in arrays)
+    has_gpus = arrays is not None and arrays.startswith("on GPUs")
+    assert ("decoding" in found) == (has_gpus and num_nodes == 1)
+    assert ("between nodes" in found) == (has_gpus and num_nodes == 2)
+
+
+@pytest.mark.parametrize(
+    ("takes", "said"),
+    [
+        (True, "rows go from GPU to MPI .* EPCOMM_MPI_DEVICE_POINTERS=0"),
+        (False, "rows cross through pinned host memory, .*EPCOMM_MPI_DEVICE_POINTERS=1"),
+    ],
+)
+def test_way_of_rows_between_nodes(monkeypatch: pytest.MonkeyPatch, takes: bool, said: str) -> None:
+    monkeypatch.setattr(info, "takes_device_pointers", lambda: takes)
+    assert re.match(said, info._describe_rails())
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,14 +76,18 @@ def test_low_latency_calls_are_refused(mpiexec: Mpiexec) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_ranks", "ranks_per_node"),
-    [("torch", 4, 2), ("torch", 4, 1), ("cupy", 6, 2), ("jax", 4, 2)],
+    ("kind", "num_ranks", "ranks_per_node", "pointers"),
+    [("torch", 4, 2, 0), ("torch", 4, 1, 1), ("cupy", 6, 2, 0), ("jax", 4, 2, 1)],
 )
 def test_contract_with_rows_on_gpus(
-    mpiexec: Mpiexec, kind: str, num_ranks: int, ranks_per_node: int
+    mpiexec: Mpiexec, kind: str, num_ranks: int, ranks_per_node: int, pointers: int
 ) -> None:
     """The moves of GPU rows, on GPUs that are none; see ranks/fake_gpu.py."""
-    between_nodes(mpiexec, "fake_gpu", num_ranks, ranks_per_node, kind, "--rails", *PROGRAMS)
+    env = {
+        "EPCOMM_RANKS_PER_NODE": str(ranks_per_node),
+        "EPCOMM_MPI_DEVICE_POINTERS": str(pointers),
+    }
+    mpiexec("fake_gpu", num_ranks, kind, "--rails", *PROGRAMS, env=env)
 
 
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (3, 1), (6, 2)])

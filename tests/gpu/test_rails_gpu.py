@@ -49,5 +49,5 @@ def test_random_rounds(mpiexec: Mpiexec) -> None:
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("place", ["rows", "sums"])
 def test_stuck_node_ends_the_others(mpiexec: Mpiexec, place: str) -> None:
-    env = {"EPCOMM_RANKS_PER_NODE": "2"}
+    env = {"EPCOMM_RANKS_PER_NODE": "2", "EPCOMM_ENGINE": "cuda"}
     mpiexec("rails_fail", 4, "stuck", place, "--gpus", timeout_s=60, env=env)

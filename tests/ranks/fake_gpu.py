@@ -30,8 +30,9 @@ import numpy as np
 import numpy.typing as npt
 from frames import NumpyFrame, poison, poisoned_outputs
 
-from epcomm import Buffer, buffer, streams
+from epcomm import buffer, streams
 from epcomm.arrays import CPU, ArrayView, view_numpy
+from epcomm.engines import make
 from epcomm.engines.base import (
     CombineRequest,
     CombineResult,
@@ -42,6 +43,7 @@ from epcomm.engines.base import (
 from epcomm.engines.device_rail_moves import DeviceMoves
 from epcomm.engines.staged import StagedEngine
 from epcomm.frameworks.numpy import NumpyFramework
+from epcomm.mpi_memory import takes_device_pointers
 from epcomm.topology import Topology
 
 #: Kinds of framework: whether it has streams that callers see, and orders its memory by them.
@@ -189,6 +191,14 @@ class FakeRowCopies(FakeCopies):
         """See `RowCopies.new_stream`."""
         return FakeStream()
 
+    def bytes_on_device(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """See `RowCopies.bytes_on_device`."""
+        return poison(np.empty(num_bytes, np.uint8))
+
+    def address(self, memory: npt.NDArray[np.uint8]) -> int:
+        """See `RowCopies.address`."""
+        return memory.ctypes.data
+
     def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
         """See `RowCopies.copy`."""
         _streams[stream].add(lambda: ctypes.memmove(to, source, num_bytes))
@@ -221,7 +231,8 @@ class FakeNodeEngine(StagedEngine):
 
     def call_stream(self) -> int:
         """See `NodeEngine.call_stream`."""
-        return self._stream
+        ptr: int = self._streams.stream.ptr
+        return ptr
 
     def check_part(self, request: Any, max_tokens: int) -> None:
         """See `NodeEngine.check_part`."""
@@ -316,19 +327,20 @@ class FakeFrame(NumpyFrame):
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Make NumPy a framework of this kind, and stage every Buffer."""
-        make_engine, make_host = Buffer._make_engine, Buffer._make_host
+        make_engine, make_host = buffer.make_engine, make._make_host
         empty = NumpyFramework.empty
 
-        def make_staged(buffer: Buffer, *args: Any) -> Any:
+        def make_staged(*args: Any) -> Any:
             if self._has_rails:
-                return make_engine(buffer, *args)
-            return CheckedEngine(make_engine(buffer, *args), FakeCopies(), CPU)
+                return make_engine(*args)
+            return CheckedEngine(make_engine(*args), FakeCopies(), CPU)
 
-        def make_staged_node(buffer: Buffer, *args: Any) -> StagedEngine:
-            return FakeNodeEngine(make_host(buffer, *args), FakeCopies(), CPU)
+        def make_staged_node(*args: Any) -> StagedEngine:
+            return FakeNodeEngine(make_host(*args), FakeCopies(), CPU)
 
         def make_device_moves(topology: Topology, engine: Any) -> DeviceMoves:
-            return DeviceMoves(topology, engine, FakeRowCopies(), CPU)
+            has_pointers = takes_device_pointers()
+            return DeviceMoves(topology, engine, FakeRowCopies(), CPU, has_pointers)
 
         def make_held(framework: Any, *args: Any) -> ArrayView:
             # As where memory is freed in the order of streams: their work is done before.
@@ -341,9 +353,12 @@ class FakeFrame(NumpyFrame):
             return _current().ptr if self._has_streams else None
 
         changed: dict[Any, dict[str, Any]] = {
-            Buffer: {"_make_engine": make_staged}
-            | ({"_make_host": make_staged_node} if self._has_rails else {}),
-            buffer: {"HostMoves": make_device_moves} if self._has_rails else {},
+            buffer: {"make_engine": make_staged},
+            make: (
+                {"_make_host": make_staged_node, "HostMoves": make_device_moves}
+                if self._has_rails
+                else {}
+            ),
             NumpyFramework: {
                 "empty": make_held,
                 "has_streams": self._has_streams,
