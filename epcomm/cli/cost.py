@@ -6,11 +6,21 @@ docs/scaling.md tells the model and its limits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from epcomm.arrays import BFLOAT16, FLOAT8_E4M3
-from epcomm.cli.traffic import Floats, Job, Loads, load_by_rail, load_direct, simulate
+from epcomm.cli.traffic import (
+    Floats,
+    Job,
+    Loads,
+    Rounds,
+    find_rounds,
+    load_by_rail,
+    load_direct,
+    simulate,
+)
 from epcomm.config import Config
 from epcomm.cuda_layout import areas_for, slot_row_bytes, staged_row_bytes
 from epcomm.engines.base import DEFAULT_CHUNKS
@@ -23,8 +33,8 @@ DEFAULT_NVLINK_GB_S = 357.0
 #: NOTE: assumed, not measured: one 400 Gbit/s adapter a GPU.
 DEFAULT_NETWORK_GB_S = 50.0
 #: NOTE: about the least that recorded row moves took beyond their bytes over the wire, see
-#: docs/results/row_moves.json. That a step over the network, or a chunk's call inside a node, takes
-#: as long is assumed.
+#: docs/results/row_moves.json. That a step over the network, or a node's rows' call inside a node,
+#: takes as long is assumed.
 DEFAULT_LATENCY_US = 30.0
 
 #: Dtypes that dispatch can carry; combine carries bf16.
@@ -70,7 +80,7 @@ class Cost:
     Attributes:
         nvlink_sent_bytes, nvlink_received_bytes: Over ranks.
         network_sent_bytes, network_received_bytes: Over ranks.
-        num_messages: Messages that a rank sends over the network, at most: empty ones are not sent.
+        num_messages: Messages that a rank sends over the network: of the rank that sends the most.
         message_bytes: Over messages.
         us: Microseconds of the slowest rank.
     """
@@ -86,17 +96,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank, with rails.
+    """Bytes of a rank, with rails; of the rank that needs the most.
 
     Attributes:
         slab_bytes: What the cuda engine's slab takes for these calls.
         hint_bytes: The ``num_nvl_bytes`` with which a slab never grows.
-        staging_bytes: Messages under way between nodes, those that are packed and received.
+        gpu_staging_bytes: Rows and sums on the GPU that go to other nodes, or came from there.
+        pinned_staging_bytes: Messages under way between nodes, in pinned host memory.
     """
 
     slab_bytes: int
     hint_bytes: int
-    staging_bytes: int
+    gpu_staging_bytes: int
+    pinned_staging_bytes: int
 
 
 @dataclass(frozen=True)
@@ -128,22 +140,26 @@ def make_plan(job: Job, rates: Rates) -> Plan:
         UnsupportedConfig: The cuda engine does not take so many ranks a node.
     """
     traffic = simulate(job)
-    rails, direct = load_by_rail(traffic), load_direct(traffic)
-    of_row = {
-        "dispatch": row_bytes(job.dtype, job.hidden),
-        "combine": row_bytes("bf16", job.hidden),
-    }
+    rails, direct, rounds = load_by_rail(traffic), load_direct(traffic), find_rounds(traffic)
+    rows, sums = row_bytes(job.dtype, job.hidden), row_bytes("bf16", job.hidden)
     costs = {
-        way: {
-            "dispatch": cost_of(job, loads, of_row["dispatch"], rates),
-            "combine": cost_of(job, loads.backwards(), of_row["combine"], rates),
-        }
-        for way, cost_of, loads in (
-            ("rails", cost_by_rail, rails),
-            ("direct", cost_direct, direct),
-        )
+        "rails": {
+            "dispatch": cost_of(rails, rows, dispatch_us(rounds, rows, rates)),
+            "combine": cost_of(rails.backwards(), sums, combine_us(rounds, sums, rates)),
+        },
+        "direct": {
+            "dispatch": cost_of(direct, rows, direct_us(direct, rows, rates)),
+            "combine": cost_of(direct.backwards(), sums, direct_us(direct, sums, rates)),
+        },
     }
-    return Plan(job, rates, of_row, job.sampled_tokens, costs, memory_by_rail(job))
+    return Plan(
+        job=job,
+        rates=rates,
+        row_bytes={"dispatch": rows, "combine": sums},
+        sampled_tokens=job.sampled_tokens,
+        costs=costs,
+        memory=memory_by_rail(job, traffic.node_rows),
+    )
 
 
 def itemsize(dtype: str) -> int:
@@ -161,118 +177,186 @@ def row_bytes(dtype: str, hidden: int) -> int:
     return hidden * itemsize(dtype) + num_scales(dtype, hidden) * _F32.itemsize
 
 
-def num_chunks(job: Job) -> int:
-    """Return in how many chunks a rank's tokens travel between nodes."""
-    return -(-job.num_tokens // DEFAULT_CHUNKS.num_tokens)
-
-
 def num_calls(job: Job) -> int:
-    """Return how often a node's ranks call each other: for each source node and chunk."""
-    return job.num_nodes * num_chunks(job) if job.num_nodes > 1 else 1
+    """Return how often a node's ranks call each other: for the rows of each source node."""
+    return job.num_nodes
 
 
-def cost_by_rail(job: Job, loads: Loads, bytes_a_row: int, rates: Rates) -> Cost:
-    """Return the cost where chunks cross the network, then spread over NVLink.
+def dispatch_us(rounds: Rounds, bytes_a_row: int, rates: Rates) -> float:
+    """Return the time of the slowest node's dispatch with rails.
 
-    The two overlap but for one chunk: the last to arrive still has to spread. Calls inside the node
-    follow each other, and each takes a step's fixed time.
+    While a round's rows cross, those of the round before spread; nothing crosses while the last do.
     """
-    nvlink_us, network_us = _link_times(loads, bytes_a_row, rates)
-    node_us = nvlink_us + num_calls(job) * rates.latency_us
-    if job.num_nodes > 1:
-        network_us += rates.latency_us
-    longer_us, shorter_us = np.maximum(node_us, network_us), np.minimum(node_us, network_us)
-    us = (longer_us + shorter_us / num_chunks(job)).max()
-    return _cost(job, loads, bytes_a_row, job.num_nodes - 1, float(us))
+    nvlink_us, network_us = _round_times(rounds, bytes_a_row, rates)
+    hidden = np.maximum(network_us[1:], nvlink_us[:-1])
+    return float((hidden.sum(axis=0) + nvlink_us[-1]).max())
 
 
-def cost_direct(job: Job, loads: Loads, bytes_a_row: int, rates: Rates) -> Cost:
-    """Return the cost where rows go straight to their receivers, over both links at once."""
-    us = np.maximum(*_link_times(loads, bytes_a_row, rates)).max() + rates.latency_us
-    return _cost(job, loads, bytes_a_row, job.num_ranks - job.gpus_per_node, float(us))
+def combine_us(rounds: Rounds, bytes_a_row: int, rates: Rates) -> float:
+    """Return the time of the slowest node's combine with rails.
 
-
-def memory_by_rail(job: Job) -> Memory:
-    """Return the memory that a rank needs for dispatch and combine.
-
-    Raises:
-        UnsupportedConfig: The cuda engine does not take so many ranks a node.
+    A round's sums are made when all messages of the round before are through, and sent after that.
     """
-    combine_bytes = row_bytes("bf16", job.hidden)
-    # NOTE: with several nodes the node's engine moves a chunk of one node's tokens at a time, those
-    # of its own node as well.
-    num_tokens = _tokens_of_a_chunk(job) if job.num_nodes > 1 else job.num_tokens
-    areas = areas_for(
-        job.gpus_per_node,
-        num_tokens,
-        staged_row_bytes(
-            job.hidden * itemsize(job.dtype), num_scales(job.dtype, job.hidden), job.num_topk
-        ),
-        slot_row_bytes(combine_bytes, job.num_topk),
-    )
-    return Memory(
-        slab_bytes=areas.num_bytes,
-        hint_bytes=Config().get_nvl_buffer_size_hint(
-            combine_bytes, job.gpus_per_node, num_max_tokens=num_tokens
-        ),
-        staging_bytes=_staging_bytes(job),
-    )
+    nvlink_us, network_us = _round_times(rounds, bytes_a_row, rates)
+    return float((nvlink_us.sum(axis=0) + network_us[1:].sum(axis=0)).max())
 
 
-def _tokens_of_a_chunk(job: Job) -> int:
-    return min(job.num_tokens, DEFAULT_CHUNKS.num_tokens)
-
-
-def _staging_bytes(job: Job) -> int:
-    """Return the bytes of the largest window of messages that the rails engine has.
-
-    Choices are taken to be int64, and weights to travel in combine too: the most that can be.
-    """
-    if job.num_nodes == 1:
-        return 0
-    depth, num_others = DEFAULT_CHUNKS.num_in_flight, job.num_nodes - 1
-    num_rows, num_topk = _tokens_of_a_chunk(job), job.num_topk
-    routes = {
-        "mask": ((job.num_tokens, job.gpus_per_node), np.dtype(bool)),
-        "pairs": ((job.gpus_per_node, job.num_experts // job.num_ranks), np.dtype(np.int32)),
-    }
-    dispatch = {
-        "data": ((num_rows, job.hidden), DTYPES[job.dtype]),
-        "scales": ((num_rows, num_scales(job.dtype, job.hidden)), _F32),
-        "topk_idx": ((num_rows, num_topk), _INT64),
-        "topk_weights": ((num_rows, num_topk), _F32),
-    }
-    # With the spare row that the receiver adds, and the weights' own.
-    combine = {
-        "weights": ((num_rows + 2, num_topk), _F32),
-        "data": ((num_rows + 1, job.hidden), BFLOAT16),
-    }
-    windows = (
-        Window(Sections(routes).end, num_others, num_others),
-        Window(Sections(dispatch).end, depth, depth),
-        Window(Sections(combine).end, depth, depth + num_others),
-    )
-    return max(window.num_bytes for window in windows)
-
-
-def _link_times(loads: Loads, bytes_a_row: int, rates: Rates) -> tuple[Floats, Floats]:
-    """Return each rank's microseconds on NVLink and on the network; the busier way counts."""
+def direct_us(loads: Loads, bytes_a_row: int, rates: Rates) -> float:
+    """Return the slowest rank's time where rows go straight to their receivers over both links."""
     nvlink_rows = np.maximum(loads.nvlink_sent, loads.nvlink_received)
     network_rows = np.maximum(loads.network_sent, loads.network_received)
-    kilobytes = bytes_a_row / 1e3  # 1 GB/s is 1 kilobyte a microsecond
-    return (
-        nvlink_rows * kilobytes / rates.nvlink_gb_s,
-        network_rows * kilobytes / rates.network_gb_s,
-    )
+    nvlink_us = _us_of(nvlink_rows, bytes_a_row, rates.nvlink_gb_s)
+    network_us = _us_of(network_rows, bytes_a_row, rates.network_gb_s)
+    return float(np.maximum(nvlink_us, network_us).max()) + rates.latency_us
 
 
-def _cost(job: Job, loads: Loads, bytes_a_row: int, num_receivers: int, us: float) -> Cost:
+def cost_of(loads: Loads, bytes_a_row: int, us: float) -> Cost:
+    """Return the cost of a call that takes so long."""
     return Cost(
         nvlink_sent_bytes=Spread.of(loads.nvlink_sent * bytes_a_row),
         nvlink_received_bytes=Spread.of(loads.nvlink_received * bytes_a_row),
         network_sent_bytes=Spread.of(loads.network_sent * bytes_a_row),
         network_received_bytes=Spread.of(loads.network_received * bytes_a_row),
-        num_messages=num_receivers * num_chunks(job),
-        message_bytes=Spread.of(loads.message_rows * (bytes_a_row / num_chunks(job))),
+        num_messages=int(_num_messages(loads.message_rows).sum(axis=2).max()),
+        message_bytes=_message_bytes(loads.message_rows, bytes_a_row),
         us=us,
+    )
+
+
+def memory_by_rail(job: Job, node_rows: Floats) -> Memory:
+    """Return the memory that a rank needs for dispatch and combine.
+
+    Choices are taken to be int64, and weights to travel in combine too: the most that can be.
+
+    Args:
+        job: The job.
+        node_rows: Of its `epcomm.cli.traffic.Traffic`.
+
+    Raises:
+        UnsupportedConfig: The cuda engine does not take so many ranks a node.
+    """
+    combine_bytes = row_bytes("bf16", job.hidden)
+    # NOTE: the same with several nodes. The node's engine takes all tokens of this rank in one
+    # call, and of its rail peers those that come here, which may be as many.
+    areas = areas_for(
+        job.gpus_per_node,
+        job.num_tokens,
+        staged_row_bytes(
+            job.hidden * itemsize(job.dtype), num_scales(job.dtype, job.hidden), job.num_topk
+        ),
+        slot_row_bytes(combine_bytes, job.num_topk),
+    )
+    crossings = _crossings_of(node_rows) if job.num_nodes > 1 else set()
+    return Memory(
+        slab_bytes=areas.num_bytes,
+        hint_bytes=Config().get_nvl_buffer_size_hint(
+            combine_bytes, job.gpus_per_node, num_max_tokens=job.num_tokens
+        ),
+        gpu_staging_bytes=max((_gpu_staging_bytes(job, one) for one in crossings), default=0),
+        pinned_staging_bytes=max((_pinned_staging_bytes(job, one) for one in crossings), default=0),
+    )
+
+
+class _Crossing(NamedTuple):
+    """What of a rank crosses.
+
+    Attributes:
+        most_incoming: Rows that come from one node, at most.
+        most_outgoing: Rows that go to one node, at most.
+        num_sums: Rows that go to all other nodes, whose sums come back.
+    """
+
+    most_incoming: int
+    most_outgoing: int
+    num_sums: int
+
+    @property
+    def message_rows(self) -> int:
+        """Rows of the longest message."""
+        return min(DEFAULT_CHUNKS.num_tokens, max(self.most_incoming, self.most_outgoing))
+
+
+def _crossings_of(node_rows: Floats) -> set[_Crossing]:
+    """Return what crosses of any rank."""
+    crossing = node_rows * ~np.eye(len(node_rows), dtype=bool)[:, None, :]
+    arrays = crossing.max(axis=0).T, crossing.max(axis=2), crossing.sum(axis=2)
+    numbers = (np.ceil(array).astype(int).ravel().tolist() for array in arrays)
+    return set(map(_Crossing, *numbers))
+
+
+def _dispatch_sections(job: Job, num_rows: int) -> Sections:
+    return Sections(
+        {
+            "data": ((num_rows, job.hidden), DTYPES[job.dtype]),
+            "scales": ((num_rows, num_scales(job.dtype, job.hidden)), _F32),
+            "topk_idx": ((num_rows, job.num_topk), _INT64),
+            "topk_weights": ((num_rows, job.num_topk), _F32),
+        }
+    )
+
+
+def _combine_sections(job: Job, num_rows: int) -> Sections:
+    return Sections(
+        {
+            "data": ((num_rows, job.hidden), BFLOAT16),
+            "topk_weights": ((num_rows, job.num_topk), _F32),
+        }
+    )
+
+
+def _gpu_staging_bytes(job: Job, crossing: _Crossing) -> int:
+    """Return what `epcomm.engines.device_rail_moves` keeps on the GPU."""
+    incoming = _dispatch_sections(job, crossing.most_incoming).end
+    gathered = _dispatch_sections(job, crossing.message_rows).end
+    own_choices = job.num_tokens * job.num_topk * _INT64.itemsize
+    sums_to_send = _combine_sections(job, crossing.most_incoming).end
+    sums = _combine_sections(job, crossing.num_sums).end
+    # One node's rows spread while those of the next come.
+    return 2 * incoming + gathered + own_choices + sums_to_send + sums
+
+
+def _pinned_staging_bytes(job: Job, crossing: _Crossing) -> int:
+    """Return the bytes of the largest window of messages."""
+    depth, num_others = DEFAULT_CHUNKS.num_in_flight, job.num_nodes - 1
+    routes = Sections(
+        {
+            "mask": ((job.num_tokens, job.gpus_per_node), np.dtype(bool)),
+            "pairs": ((job.gpus_per_node, job.num_experts // job.num_ranks), np.dtype(np.int32)),
+        }
+    )
+    num_rows = crossing.message_rows
+    windows = (
+        Window(routes.end, num_others, num_others),
+        Window(_dispatch_sections(job, num_rows).end, depth, depth),
+        Window(_combine_sections(job, num_rows).end, depth, depth),
+    )
+    return max(window.num_bytes for window in windows)
+
+
+def _us_of(rows: Floats, bytes_a_row: int, gb_s: float) -> Floats:
+    return rows * (bytes_a_row / 1e3 / gb_s)  # 1 GB/s is 1 kilobyte a microsecond
+
+
+def _round_times(rounds: Rounds, bytes_a_row: int, rates: Rates) -> tuple[Floats, Floats]:
+    """Return each round's microseconds by node, on NVLink and on the network."""
+    return (
+        _us_of(rounds.nvlink, bytes_a_row, rates.nvlink_gb_s) + rates.latency_us,
+        _us_of(rounds.network, bytes_a_row, rates.network_gb_s) + rates.latency_us,
+    )
+
+
+def _num_messages(message_rows: Floats) -> Floats:
+    return np.ceil(message_rows / DEFAULT_CHUNKS.num_tokens)
+
+
+def _message_bytes(message_rows: Floats, bytes_a_row: int) -> Spread:
+    """Return the spread over messages: all are full but the last of a sender to a receiver."""
+    rows = message_rows[message_rows > 0]
+    if rows.size == 0:
+        return Spread(0.0, 0.0, 0.0)
+    full, num_messages = DEFAULT_CHUNKS.num_tokens, _num_messages(rows)
+    return Spread(
+        min=float((rows - (num_messages - 1) * full).min() * bytes_a_row),
+        mean=float(rows.sum() / num_messages.sum() * bytes_a_row),
+        max=float(min(full, rows.max()) * bytes_a_row),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from epcomm.cli.cost import Cost, Plan, Spread, num_calls, num_chunks
+from epcomm.cli.cost import Cost, Plan, Spread, num_calls
 from epcomm.engines.base import DEFAULT_CHUNKS
 
 Line = tuple[str, str]
@@ -59,7 +59,10 @@ def _describe_job(plan: Plan) -> Iterator[Line]:
         f"{rates.latency_us:g} us a step",
     )
     if job.num_nodes > 1:
-        yield "rails", "rows cross the network once a node, then spread over NVLink"
+        yield (
+            "rails",
+            "rows cross once a node, through pinned host memory, then spread over NVLink",
+        )
         yield "direct", "rows cross the network once a rank"
 
 
@@ -80,17 +83,17 @@ def _describe_times(plan: Plan) -> Iterator[Line]:
 
 def _describe_messages(plan: Plan) -> Iterator[Line]:
     yield from _header(plan)
-    counts = [cost.num_messages for cost in _costs(plan, "dispatch")]
-    yield "sent by a call, at most", _columns(f"{count:,}" for count in counts)
     for operation in plan.row_bytes:
+        counts = [cost.num_messages for cost in _costs(plan, operation)]
+        yield f"{operation}, at most", _columns(f"{count:,}" for count in counts)
         spreads = [cost.message_bytes for cost in _costs(plan, operation)]
         yield f"{operation}, KB of each", _columns(_shown(spread, 1e3) for spread in spreads)
     yield (
-        "chunks",
-        f"{num_chunks(plan.job):,} a call, each of at most {DEFAULT_CHUNKS.num_tokens} tokens a "
-        f"rank; {DEFAULT_CHUNKS.num_in_flight} messages under way each way",
+        "rows of a message",
+        f"at most {DEFAULT_CHUNKS.num_tokens}; rails: {DEFAULT_CHUNKS.num_in_flight} messages "
+        "under way each way",
     )
-    yield "calls inside a node", f"{num_calls(plan.job):,}, rails: for each source node and chunk"
+    yield "calls inside a node", f"{num_calls(plan.job):,}, rails: one for each source node"
 
 
 def _describe_memory(plan: Plan) -> Iterator[Line]:
@@ -100,7 +103,12 @@ def _describe_memory(plan: Plan) -> Iterator[Line]:
     if plan.job.num_nodes > 1:
         yield (
             "staging between nodes",
-            f"{memory.staging_bytes / 1e6:,.0f} MB of host memory, rails: messages under way",
+            f"{memory.gpu_staging_bytes / 1e6:,.0f} MB of GPU memory, rails: rows and sums",
+        )
+        yield (
+            "",
+            f"{memory.pinned_staging_bytes / 1e6:,.0f} MB of pinned host memory, rails: messages "
+            "under way",
         )
 
 

@@ -81,7 +81,8 @@ class Loads:
 
     Attributes:
         nvlink_sent, nvlink_received, network_sent, network_received: ``[num_ranks]``.
-        message_rows: Rows between each two ranks that reach each other over the network.
+        message_rows: ``[lanes, senders, receivers]`` rows over the network; with rails a lane is a
+            rail and a sender a node, otherwise all ranks are in one.
     """
 
     nvlink_sent: Floats
@@ -97,8 +98,24 @@ class Loads:
             nvlink_received=self.nvlink_sent,
             network_sent=self.network_received,
             network_received=self.network_sent,
-            message_rows=self.message_rows,
+            message_rows=self.message_rows.swapaxes(1, 2),
         )
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Rows of the rank of a node that has the most to move, in each round of a call with rails.
+
+    Round k of a dispatch takes the rows of the node k before: they cross, then spread. Combine goes
+    through the same rounds backwards. Of sent and received rows the more count.
+
+    Attributes:
+        nvlink: ``[num_nodes, num_nodes]`` by round and node; in round 0 of the node's own rows.
+        network: The same over the network; none in round 0.
+    """
+
+    nvlink: Floats
+    network: Floats
 
 
 def simulate(job: Job) -> Traffic:
@@ -139,7 +156,22 @@ def load_by_rail(traffic: Traffic) -> Loads:
         nvlink_received=spread.sum(axis=1).ravel(),
         network_sent=crossing.sum(axis=2).ravel(),
         network_received=crossing.sum(axis=0).T.ravel(),
-        message_rows=traffic.node_rows.transpose(0, 2, 1)[is_remote].ravel(),
+        message_rows=crossing.transpose(1, 0, 2),
+    )
+
+
+def find_rounds(traffic: Traffic) -> Rounds:
+    """Count the rows of each round."""
+    num_nodes, size = traffic.rank_rows.shape[:2]
+    nodes = np.arange(num_nodes)
+    before = (nodes - nodes[:, None]) % num_nodes  # [round, node]
+    after = (nodes + nodes[:, None]) % num_nodes
+    spread = traffic.rank_rows[before, :, nodes] * ~np.eye(size, dtype=bool)
+    received, sent = traffic.node_rows[before, :, nodes], traffic.node_rows[nodes, :, after]
+    network = np.maximum(sent, received).max(axis=2)
+    network[0] = 0
+    return Rounds(
+        nvlink=np.maximum(spread.sum(axis=3), spread.sum(axis=2)).max(axis=2), network=network
     )
 
 
@@ -154,7 +186,7 @@ def load_direct(traffic: Traffic) -> Loads:
         nvlink_received=within.sum(axis=1).ravel(),
         network_sent=crossing.sum(axis=(2, 3)).ravel(),
         network_received=crossing.sum(axis=(0, 1)).ravel(),
-        message_rows=traffic.rank_rows.transpose(0, 2, 1, 3)[is_remote].ravel(),
+        message_rows=crossing.reshape(1, num_nodes * gpus_per_node, -1),
     )
 
 

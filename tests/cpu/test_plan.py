@@ -22,7 +22,7 @@ from launch import ROOT
 from epcomm import routing
 from epcomm.cli import cost, main, plan, traffic
 from epcomm.cli.cost import Rates, Spread
-from epcomm.cli.traffic import Job, Loads
+from epcomm.cli.traffic import Job, Loads, Rounds
 from epcomm.config import Config
 from epcomm.cuda_layout import areas_for
 from epcomm.engines.base import DEFAULT_CHUNKS
@@ -105,6 +105,18 @@ class DrawnTokens:
         self.topk_idx = np.concatenate(drawn).reshape(job.num_ranks, -1, job.num_topk)
 
 
+def by_rank_of_rails(rows: np.ndarray, job: Job) -> np.ndarray:
+    """Turn ``[rails, nodes]`` into one number a rank."""
+    assert rows.shape == (job.gpus_per_node, job.num_nodes)
+    return rows.T.ravel()
+
+
+def by_rank_of(rows: np.ndarray, job: Job) -> np.ndarray:
+    """Turn ``[1, ranks]`` into one number a rank."""
+    assert rows.shape == (1, job.num_ranks)
+    return rows[0]
+
+
 @given(job=jobs(), block=st.integers(1, 60))
 def test_counts_against_loops(job: Job, block: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -129,7 +141,11 @@ def test_counts_against_loops(job: Job, block: int) -> None:
     for found, counted in zip(loads, (rails, direct), strict=True):
         for name in ("nvlink_sent", "nvlink_received", "network_sent", "network_received"):
             assert getattr(found, name).tolist() == [counted[name, r] for r in range(job.num_ranks)]
-        assert found.message_rows.sum() == found.network_sent.sum()
+    for found, way in zip(loads, (by_rank_of_rails, by_rank_of), strict=True):
+        sent = found.message_rows.sum(axis=2)
+        np.testing.assert_array_equal(way(sent, job), found.network_sent)
+        received = found.backwards().message_rows.sum(axis=2)
+        np.testing.assert_array_equal(way(received, job), found.network_received)
 
 
 def test_counts_against_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +161,23 @@ def test_counts_against_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(jobs())
+def test_rounds_against_loops(job: Job) -> None:
+    found = traffic.simulate(job)
+    rounds, ranks = traffic.find_rounds(found), range(job.gpus_per_node)
+    for k in range(job.num_nodes):
+        for node in range(job.num_nodes):
+            before, after = (node - k) % job.num_nodes, (node + k) % job.num_nodes
+            nvlink, network = [], []
+            for rank in ranks:
+                others = [peer for peer in ranks if peer != rank]
+                part = found.rank_rows[before, :, node]
+                nvlink += [part[rank, others].sum(), part[others, rank].sum()]
+                network += [found.node_rows[node, rank, after], found.node_rows[before, rank, node]]
+            assert rounds.nvlink[k, node] == max(nvlink)
+            assert rounds.network[k, node] == (max(network) if k else 0)
+
+
+@given(jobs())
 def test_rails_never_send_more_over_the_network(job: Job) -> None:
     rails, direct = loads_of(job)
     assert (rails.network_sent <= direct.network_sent).all()
@@ -153,7 +186,8 @@ def test_rails_never_send_more_over_the_network(job: Job) -> None:
     if job.num_nodes == 1:
         assert not rails.network_sent.any()
         assert not direct.network_sent.any()
-        assert rails.message_rows.size == direct.message_rows.size == 0
+        assert not rails.message_rows.any()
+        assert not direct.message_rows.any()
         np.testing.assert_array_equal(rails.nvlink_sent, direct.nvlink_sent)
     if job.gpus_per_node == 1:
         np.testing.assert_array_equal(rails.network_received, direct.network_received)
@@ -259,7 +293,12 @@ def loads_for(**rows: float) -> Loads:
     """Loads of four ranks, rank 2 having the rows and the others none."""
     names = ("nvlink_sent", "nvlink_received", "network_sent", "network_received")
     arrays = {name: np.array([0.0, 0.0, rows.get(name, 0.0), 0.0]) for name in names}
-    return Loads(**arrays, message_rows=np.zeros(4))
+    return Loads(**arrays, message_rows=np.zeros((2, 2, 2)))
+
+
+def rounds_for(nvlink: list[float], network: list[float]) -> Rounds:
+    """Rounds of one node, and of another that has nothing to do."""
+    return Rounds(*(np.array([rows, [0.0] * len(rows)]).T for rows in (nvlink, network)))
 
 
 class TestTimes:
@@ -268,47 +307,76 @@ class TestTimes:
     loads = loads_for(nvlink_sent=300, nvlink_received=500, network_sent=200, network_received=40)
 
     @pytest.mark.parametrize(
-        ("num_tokens", "num_chunks", "us"),
-        # 5 us on NVLink and two calls a chunk, of 7 us each; 20 + 7 us on the network.
-        [(256, 1, 27 + 19), (257, 2, 33 + 27 / 2), (4096, 16, 229 + 27 / 16)],
+        ("nvlink", "network", "dispatch_us", "combine_us"),
+        [
+            ([300], [0], 3 + 7, 3 + 7),
+            # The own rows spread behind what crosses; then those that came, alone.
+            ([300, 500], [0, 200], (20 + 7) + (5 + 7), (3 + 5 + 20) + 3 * 7),
+            # What crosses is hidden, where it takes less.
+            ([900, 500], [0, 40], (9 + 7) + (5 + 7), (9 + 5 + 4) + 3 * 7),
+            # By round the longer of both, and not of all rounds together.
+            ([100, 900, 300], [0, 50, 20], (5 + 9 + 3) + 3 * 7, (13 + 7) + 5 * 7),
+            ([0, 0, 0, 0], [0, 0, 0, 0], 4 * 7, 7 * 7),
+        ],
     )
-    def test_rails_overlap_but_for_a_chunk(
-        self, num_tokens: int, num_chunks: int, us: float
+    def test_rounds(
+        self, nvlink: list[float], network: list[float], dispatch_us: float, combine_us: float
     ) -> None:
-        job = replace(SMALL, num_tokens=num_tokens)
-        found = cost.cost_by_rail(job, self.loads, 1000, self.rates)
-        assert found.us == pytest.approx(us)
-        assert found.num_messages == num_chunks
+        rounds = rounds_for(nvlink, network)
+        assert cost.dispatch_us(rounds, 1000, self.rates) == pytest.approx(dispatch_us)
+        assert cost.combine_us(rounds, 1000, self.rates) == pytest.approx(combine_us)
+
+    def test_the_slowest_node_counts(self) -> None:
+        # 1 us on NVLink and 1.1 us on the network: different nodes' times do not add up.
+        rounds = Rounds(np.array([[0.0, 0.0], [100.0, 0.0]]), np.array([[0.0, 0.0], [0.0, 11.0]]))
+        assert cost.dispatch_us(rounds, 1000, self.rates) == pytest.approx(1.1 + 2 * 7)
+        assert cost.combine_us(rounds, 1000, self.rates) == pytest.approx(1.1 + 3 * 7)
+
+    def test_calls_take_their_fixed_time(self) -> None:
+        job = replace(SMALL, num_nodes=5, num_experts=10)
+        assert cost.num_calls(job) == 5
+        loose, tight = (cost.make_plan(job, Rates(latency_us=us)).costs for us in (1000.0, 0.0))
+        for operation, num_steps in (("dispatch", 5), ("combine", 5 + 4)):
+            fixed_us = loose["rails"][operation].us - tight["rails"][operation].us
+            assert fixed_us == pytest.approx(1000 * num_steps)
 
     def test_direct_overlaps_wholly(self) -> None:
-        found = cost.cost_direct(SMALL, self.loads, 1000, self.rates)
-        assert found.us == pytest.approx(20 + 7)
-        assert found.num_messages == 2
+        assert cost.direct_us(self.loads, 1000, self.rates) == pytest.approx(20 + 7)
 
     @pytest.mark.parametrize("gpus_per_node", [1, 4])
     def test_one_node_is_one_step(self, gpus_per_node: int) -> None:
         job = replace(SMALL, num_nodes=1, gpus_per_node=gpus_per_node)
-        loads = loads_for(nvlink_received=100)
-        found = cost.cost_by_rail(job, loads, 1000, self.rates)
-        assert found.us == pytest.approx(1 + 7)
-        assert found == cost.cost_direct(job, loads, 1000, self.rates)
-
-    def test_the_slowest_rank_counts(self) -> None:
-        loads = Loads(
-            nvlink_sent=np.array([100.0, 0.0]),
-            nvlink_received=np.array([0.0, 0.0]),
-            network_sent=np.array([0.0, 5.0]),
-            network_received=np.array([0.0, 5.0]),
-            message_rows=np.array([5.0]),
-        )
-        # 1 us and 0.5 us: different ranks' times do not add up.
-        assert cost.cost_by_rail(SMALL, loads, 1000, self.rates).us == pytest.approx(1 + 3 * 7)
+        costs = cost.make_plan(job, self.rates).costs
+        assert costs["rails"] == costs["direct"]
+        rounds = rounds_for([100], [0])
+        assert cost.dispatch_us(rounds, 1000, self.rates) == pytest.approx(1 + 7)
 
     def test_bytes_are_rows_times_their_size(self) -> None:
-        found = cost.cost_direct(SMALL, self.loads, 1000, self.rates)
+        found = cost.cost_of(self.loads, 1000, 3.0)
         assert found.nvlink_received_bytes == Spread(0, 125_000, 500_000)
         assert found.network_sent_bytes == Spread(0, 50_000, 200_000)
+        assert found.us == 3.0
         assert Spread.of(np.empty(0)) == Spread(0, 0, 0)
+
+
+class TestMessages:
+    def test_all_are_full_but_the_last(self) -> None:
+        rows = np.array([[[0.0, 257.0, 0.0], [256.0, 0.0, 3.0], [600.0, 1.0, 0.0]]])
+        loads = replace(loads_for(), message_rows=rows)
+        found = cost.cost_of(loads, 1000, 0.0)
+        # The third rank sends 256, 256, 88 and 1 rows; in combine the first 256, and 256, 256, 88.
+        assert found.num_messages == cost.cost_of(loads.backwards(), 1000, 0.0).num_messages == 4
+        assert found.message_bytes == Spread(1000, rows.sum() * 1000 / 8, 256_000)
+
+    def test_none_is_sent_where_nothing_crosses(self) -> None:
+        found = cost.cost_of(loads_for(), 1000, 0.0)
+        assert found.num_messages == 0
+        assert found.message_bytes == Spread(0, 0, 0)
+
+    def test_a_message_of_less_than_a_chunk(self) -> None:
+        rows = np.array([[[0.0, 5.0], [9.0, 0.0]]])
+        found = cost.cost_of(replace(loads_for(), message_rows=rows), 1000, 0.0)
+        assert found.message_bytes == Spread(5000, 7000, 9000)
 
 
 @pytest.mark.parametrize(
@@ -329,30 +397,68 @@ class TestMemory:
         assert memory.slab_bytes == areas.num_bytes
         assert memory.hint_bytes == Config().get_nvl_buffer_size_hint(14336, 4, num_max_tokens=4096)
         assert memory.hint_bytes >= memory.slab_bytes
-        assert memory.staging_bytes == 0
+        assert memory.gpu_staging_bytes == memory.pinned_staging_bytes == 0
 
     @pytest.mark.parametrize("num_nodes", [2, 9])
-    def test_staging_is_messages_under_way(self, num_nodes: int) -> None:
-        memory = cost.memory_by_rail(replace(LARGE, num_nodes=num_nodes))
-        # Combine has the most: six messages out, six in, and one from each other node.
-        rows_bytes = (12 + num_nodes - 1) * 256 * 14336
-        assert rows_bytes < memory.staging_bytes < 1.02 * rows_bytes
+    def test_pinned_staging_is_messages_under_way(self, num_nodes: int) -> None:
+        job = replace(LARGE, num_nodes=num_nodes, num_experts=144)
+        memory = cost.make_plan(job, Rates()).memory
+        # Six messages out and six in, of 8 indices and weights a row beside the rows.
+        assert memory.pinned_staging_bytes == 12 * 256 * (14336 + 8 * 12)
+
+    def test_routes_may_be_more_than_messages(self) -> None:
+        job = replace(LARGE, num_nodes=9, num_tokens=10_000, hidden=8, num_experts=144)
+        memory = cost.make_plan(job, Rates()).memory
+        # A byte a token and rank of a node, and 2 experts of each rank there.
+        num_bytes = -(-80_000 // 64) * 64 + 8 * 2 * 4
+        assert memory.pinned_staging_bytes == 2 * 8 * num_bytes
+
+    def test_gpu_staging_is_parts_and_sums(self) -> None:
+        job = Job(3, 1, num_tokens=4096, hidden=64, num_topk=2, num_experts=3)
+        # To the next node 1024 rows cross and to the one after it 2048, but for the last node.
+        node_rows = np.array([[[0, 1024, 2048]], [[2048, 0, 1024]], [[0, 0, 0]]], float)
+        choices = 4096 * 2 * 8
+        row, weighted_sum = 128 + 2 * 12, 128 + 2 * 4
+        by_rank = [
+            # Two halves that receive, a message, what is sent back, and the sums of all that went.
+            (2 * 2048 + 256) * row + (2048 + 3072) * weighted_sum,
+            (2 * 1024 + 256) * row + (1024 + 3072) * weighted_sum,
+            (2 * 2048 + 256) * row + (2048 + 0) * weighted_sum,
+        ]
+        found = cost.memory_by_rail(job, node_rows)
+        assert found.gpu_staging_bytes == max(by_rank) + choices
+        idle_first = node_rows * np.array([0, 1, 1])[:, None, None]
+        assert cost.memory_by_rail(job, idle_first).gpu_staging_bytes == choices + max(
+            (2 * 2048 + 256) * row + 2048 * weighted_sum,
+            (0 + 256) * row + 3072 * weighted_sum,
+            (2 * 1024 + 256) * row + 1024 * weighted_sum,
+        )
+
+    @pytest.mark.parametrize("name", traffic.ROUTINGS)
+    @pytest.mark.parametrize("num_nodes", [2, 9])
+    def test_gpu_staging_has_a_bound(self, num_nodes: int, name: str) -> None:
+        job = replace(LARGE, num_nodes=num_nodes, num_experts=144, routing=name)
+        found = cost.make_plan(job, Rates()).memory.gpu_staging_bytes
+        num_sums = min(job.num_topk, num_nodes - 1) * job.num_tokens
+        assert found < (3 * job.num_tokens + 256 + num_sums) * (14336 + 8 * 12)
 
     @pytest.mark.parametrize("dtype", cost.DTYPES)
     @pytest.mark.parametrize("num_nodes", [2, 9, 256])
-    def test_staging_is_within_the_hint(
+    def test_pinned_staging_is_within_the_hint(
         self, num_nodes: int, dtype: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("EPCOMM_RANKS_PER_NODE", raising=False)
-        memory = cost.memory_by_rail(replace(LARGE, num_nodes=num_nodes, dtype=dtype))
+        # All tokens go to all nodes.
+        node_rows = np.full((num_nodes, 8, num_nodes), 4096.0)
+        memory = cost.memory_by_rail(replace(LARGE, num_nodes=num_nodes, dtype=dtype), node_rows)
         hint = Config().get_rdma_buffer_size_hint(14336, 8 * num_nodes)
-        assert memory.staging_bytes <= hint
+        assert memory.pinned_staging_bytes <= hint
 
-    @pytest.mark.parametrize("num_tokens", [100, 256, 4096])
-    def test_several_nodes_need_a_slab_for_a_chunk(self, num_tokens: int) -> None:
-        job = replace(LARGE, num_nodes=2, num_tokens=num_tokens)
-        one_node = replace(job, num_nodes=1, num_tokens=min(num_tokens, 256))
-        found, same = cost.memory_by_rail(job), cost.memory_by_rail(one_node)
+    @pytest.mark.parametrize("num_tokens", [100, 4096])
+    def test_several_nodes_need_the_slab_of_one(self, num_tokens: int) -> None:
+        one_node = replace(LARGE, num_nodes=1, num_tokens=num_tokens)
+        found = cost.make_plan(replace(one_node, num_nodes=2), Rates()).memory
+        same = cost.make_plan(one_node, Rates()).memory
         assert found.slab_bytes == same.slab_bytes
         assert found.hint_bytes == same.hint_bytes
 
@@ -493,10 +599,10 @@ def test_the_command_of_the_document_runs() -> None:
     assert main(line.split()) == 0
 
 
-def test_the_chunks_of_the_document_are_the_engine_s() -> None:
-    assert f"| tokens of a chunk | {DEFAULT_CHUNKS.num_tokens} |" in SCALING
+def test_the_messages_of_the_document_are_the_engine_s() -> None:
+    assert f"| rows of a message | {DEFAULT_CHUNKS.num_tokens} |" in SCALING
     assert f"| messages under way | {DEFAULT_CHUNKS.num_in_flight} |" in SCALING
-    assert f"c = ⌈T / {DEFAULT_CHUNKS.num_tokens}⌉" in SCALING
+    assert f"⌈rows / {DEFAULT_CHUNKS.num_tokens}⌉" in SCALING
 
 
 def test_the_table_of_the_document_is_the_tool_s() -> None:

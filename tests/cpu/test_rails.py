@@ -90,6 +90,15 @@ def test_contract_with_rows_on_gpus(
     mpiexec("fake_gpu", num_ranks, kind, "--rails", *PROGRAMS, env=env)
 
 
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (3, 1), (6, 2)])
+def test_rows_on_gpus_take_what_is_planned(
+    mpiexec: Mpiexec, num_ranks: int, ranks_per_node: int
+) -> None:
+    between_nodes(
+        *(mpiexec, "fake_gpu", num_ranks, ranks_per_node, "torch", "--rails", "planned_rails")
+    )
+
+
 @pytest.mark.parametrize("place", ["rows", "sums"])
 @pytest.mark.parametrize("what", ["slow", "stuck"])
 def test_late_node_with_rows_on_gpus(mpiexec: Mpiexec, what: str, place: str) -> None:
