@@ -288,8 +288,8 @@ FAULTS = (
     Fault(
         "low latency: a kernel forgets to count its epoch",
         _LOW_LATENCY,
-        "    state.epoch = round.epoch;",
-        "    state.epoch = round.epoch - 1;",
+        "        own.epoch = epoch;",
+        "        own.epoch = epoch - 1;",
         "two ranks, bf16",
     ),
     Fault(
