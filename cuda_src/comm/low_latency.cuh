@@ -2,9 +2,10 @@
 //
 // Epochs. A rank's calls are numbered in device memory; all ranks make the same calls in the same
 // order, so their numbers agree, in replayed graphs too. Every block counts for itself, in a record
-// that only it touches, so no block has to know that the others are done: all kernels have as many. Everything that ranks wait for is a cell
-// that holds the call's epoch, so nothing is reset between calls. A kernel that only receives takes
-// its epoch from its call's ticket, which the kernel that sent has written.
+// that only it touches, so no block has to know that the others are done: all kernels have as many.
+// Everything that ranks wait for is a cell that holds the call's epoch, so nothing is reset between
+// calls. A kernel that only receives takes its epoch from its call's ticket, which the kernel that
+// sent has written.
 //
 // Slots. Call n uses slot n % 2. A rank writes into a peer's slot only when the peer has posted
 // that it received the slot's last call. A kernel posts, before it waits for anything, what earlier
@@ -249,8 +250,8 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
     }
     // Before anything is waited for: a peer's kernel may wait for this before it posts the next.
     if (is_poster() && is_peer && !leaves_out) {
-      ptx::st_release_sys_u32(
-          slab::received_cell(call.slabs, peer, lane / kMaxRanks, call.rank), received);
+      ptx::st_release_sys_u32(slab::received_cell(call.slabs, peer, lane / kMaxRanks, call.rank),
+                              received);
     }
     const u32 slot = epoch % 2, last = slot == 0 ? slot_epoch[0] : slot_epoch[1];
     const u32 left_out = slot == 0 ? slot_masked[0] : slot_masked[1];

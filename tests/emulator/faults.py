@@ -54,7 +54,7 @@ class Fault:
 
 
 WATCHED, WATCHED_LOADS_AND_STORES = (case.name for case in WATCHED_CASES)
-WATCHED_DECODING, WATCHED_HOOKS = (case.name for case in low_latency.WATCHED_CASES)
+WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW = (case.name for case in low_latency.WATCHED_CASES)
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
