@@ -43,28 +43,47 @@ __device__ __forceinline__ void clear(const LowLatencyCall& call, Few* few) {
 }
 
 // Whether the choices of all sources, by their headers, are few, and their rows cross as cells.
-// Tells where each source's begin. By all threads, which then meet before they read this.
-__device__ __forceinline__ bool are_few(const LowLatencyCall& call, const LowLatencyShape* headers,
-                                        Few* few) {
-  u32 entry = 0, item = 0;
+__device__ __forceinline__ bool are_few(const LowLatencyCall& call,
+                                        const LowLatencyShape* headers) {
+  u32 entries = 0;
   bool are_cells = true;
 #pragma unroll
   for (u32 source = 0; source < kNumRanks; ++source) {
-    if (threadIdx.x == 0) {
-      few->first_entry[source] = entry;
-      few->first_item[source] = item;
+    are_cells = are_cells && headers[source].num_tokens <= kCellTokens;
+    entries += headers[source].num_tokens * call.shape.num_topk;
+  }
+  return are_cells && entries <= kFewEntries &&
+         ceil_div(entries, 32u) * num_local_experts(call) <= kFewWords;
+}
+
+// Tells where each source's choices and parts begin. By one thread.
+__device__ __forceinline__ void number(const LowLatencyCall& call, const LowLatencyShape* headers,
+                                       Few* few) {
+  u32 entry = 0, item = 0;
+#pragma unroll 1
+  for (u32 source = 0; source <= kNumRanks; ++source) {
+    few->first_entry[source] = entry;
+    few->first_item[source] = item;
+    if (source == kNumRanks) break;
+    entry += headers[source].num_tokens * call.shape.num_topk;
+    item += headers[source].num_tokens * headers[source].num_parts;
+  }
+}
+
+// Whose a choice is, and where its source's begin.
+__device__ __forceinline__ u32 source_of(const LowLatencyCall& call, const LowLatencyShape* headers,
+                                         u32 i, u32* begin) {
+  u32 source = 0, end = 0;
+  *begin = 0;
+#pragma unroll
+  for (u32 s = 0; s + 1 < kNumRanks; ++s) {
+    end += headers[s].num_tokens * call.shape.num_topk;
+    if (i >= end) {
+      source = s + 1;
+      *begin = end;
     }
-    const u32 num_tokens = headers[source].num_tokens;
-    are_cells = are_cells && num_tokens <= kCellTokens;
-    entry += num_tokens * call.shape.num_topk;
-    item += num_tokens * headers[source].num_parts;
   }
-  if (threadIdx.x == 0) {
-    few->first_entry[kNumRanks] = entry;
-    few->first_item[kNumRanks] = item;
-  }
-  return are_cells && entry <= kFewEntries &&
-         ceil_div(entry, 32u) * num_local_experts(call) <= kFewWords;
+  return source;
 }
 
 // Keeps a choice. local: the expert's number on this rank, or one beyond all.

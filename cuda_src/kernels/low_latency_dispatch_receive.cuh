@@ -52,10 +52,11 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
     end += sources->headers[source].num_tokens * num_topk;
     ends[source] = end;
   }
-  const bool are_few = may_be_few && comm::are_few(call, sources->headers, few);
+  const bool are_few = may_be_few && comm::are_few(call, sources->headers);
   if (threadIdx.x == 0) {
     sources->num_entries = end;
     sources->are_few = are_few;
+    if (are_few) comm::number(call, sources->headers, few);
   }
   auto source_of = [&ends](u32 i, u32* begin) {
     u32 source = 0;

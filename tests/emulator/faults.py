@@ -33,7 +33,7 @@ class Fault:
         """Whether ThreadSanitizer finds it."""
         return self.case in (
             *(WATCHED, WATCHED_LOADS_AND_STORES),
-            *(WATCHED_DECODING, WATCHED_HOOKS),
+            *(WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW),
         )
 
     def plant(self, sources: Path, target: Path) -> None:

@@ -137,7 +137,7 @@ CASES = (
     Case("eight ranks", (2, 0, 1, 3, 4, 1, 0, 2), 4, num_local=2, fp8=_FLOAT),
     Case("eight ranks by expert", (1, 2, 0, 3, 1, 1, 2, 0), 3, num_local=1, precision=_EXPERT),
     Case("few tokens", (4, 2, 3), 4, hidden=1536, num_topk=5, fp8=_PACKED, num_parts=(3, 1, 2)),
-    Case("few tokens, hooks", (1, 4), 4, hidden=1032, fp8=_FLOAT, num_parts=(2,), has_hooks=True),
+    Case("few tokens, hooks", (1, 4), 4, hidden=1152, fp8=_FLOAT, num_parts=(2,), has_hooks=True),
     Case(
         "few tokens as on a GPU",
         (8, 1),
