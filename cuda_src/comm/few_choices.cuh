@@ -129,7 +129,7 @@ __device__ __forceinline__ Part place_few(const LowLatencyCall& call, Few* few, 
   const bool is_here = own.expert < num_local_experts(call);
   if (is_here) {
     own.row = row_of(item.source, own.expert, i);
-    own.weight = few->weight[i];
+    own.weight = few->weight[i];  // none in dispatch, where nobody reads it
   }
   const u32 here = __ballot_sync(kFullWarp, is_here);
   __syncwarp();  // all lanes are done with the choices before

@@ -380,15 +380,20 @@ __device__ __forceinline__ void receive_parts(const LowLatencyDispatchParams& pa
   }
 }
 
-// Receives all sources' rows where they are few. By all threads; each warp for itself.
+// Receives all sources' rows where they are few; others than groups that send, where these are
+// enough. By all threads; each warp for itself.
 __device__ __forceinline__ void receive_few(const LowLatencyDispatchParams& params,
                                             const comm::Round& round, const Sources& sources,
                                             comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
-  const u32 num_local = num_local_experts(call), end = few->first_item[kNumRanks];
+  const u32 num_local = num_local_experts(call), step = gridDim.x * kNumGroups;
+  // As if a group's turns went on behind those in which it sends.
+  const u32 num_sent = call.shape.num_tokens * call.shape.num_parts;
+  const u32 end = num_sent + few->first_item[kNumRanks];
 #pragma unroll 1
-  for (u32 i = blockIdx.x + gridDim.x * comm::group_index(); i < end; i += gridDim.x * kNumGroups) {
-    const comm::FewItem item = comm::few_item(call, *few, sources.headers, i);
+  for (u32 i = blockIdx.x + gridDim.x * comm::group_index(); i < end; i += step) {
+    if (i < num_sent) continue;
+    const comm::FewItem item = comm::few_item(call, *few, sources.headers, i - num_sent);
     SeenPart seen =
         look_at_part(params, round, item.source, item.token, item.index, item.num_parts);
     const comm::Part part = comm::place_few(call, few, item, [=](u32, u32 local, u32 entry) {

@@ -58,6 +58,7 @@ WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW = (case.name for case in low_latenc
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
+_FEW = "comm/few_choices.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_SEND = "kernels/low_latency_dispatch_send.cuh"
 _LL_RECEIVE = "kernels/low_latency_dispatch_receive.cuh"
@@ -440,7 +441,7 @@ FAULTS = (
         _TABLES,
         "kept + range.first_entry",
         "kept",
-        "eight ranks",
+        "two ranks, bf16",
     ),
     Fault(
         "low-latency combine: cells are not waited for",
@@ -455,5 +456,33 @@ FAULTS = (
         "comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);",
         "comm::Awaited{comm::Outcome::kArrived, static_cast<u32>(*cell)};",
         "eight ranks",
+    ),
+    Fault(
+        "low latency: what was not received yet is posted",
+        _LOW_LATENCY,
+        "call.rank), received);",
+        "call.rank), epoch);",
+        "four ranks, hooks",
+    ),
+    Fault(
+        "low latency, few tokens: a choice counts before itself",
+        _FEW,
+        "const u32 rest = (1u << i % 32) - 1;",
+        "const u32 rest = (2u << i % 32) - 1;",
+        "few tokens",
+    ),
+    Fault(
+        "low latency, few tokens: choices give way while others still read them",
+        _FEW,
+        "  __syncwarp();  // all lanes are done with the choices before\n",
+        "",
+        WATCHED_FEW,
+    ),
+    Fault(
+        "low-latency combine, few tokens: rows begin where the first source's do",
+        _LL_COMBINE,
+        "tables->ranges[local * kNumRanks + source];",
+        "tables->ranges[local * kNumRanks];",
+        "few tokens",
     ),
 )
