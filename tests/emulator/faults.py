@@ -460,8 +460,8 @@ FAULTS = (
     Fault(
         "low latency: what was not received yet is posted",
         _LOW_LATENCY,
-        "call.rank), received);",
-        "call.rank), epoch);",
+        "                              received);",
+        "                              epoch);",
         "four ranks, hooks",
     ),
     Fault(
