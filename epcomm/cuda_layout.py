@@ -36,6 +36,8 @@ class Agreed(NamedTuple):
 AGREED = Agreed._fields
 #: Most tokens a rank of low-latency calls.
 MAX_LOW_LATENCY_TOKENS = 1024
+#: Most blocks of a low-latency kernel: each has a record of its own.
+MAX_LOW_LATENCY_BLOCKS = 512
 #: Words of a low-latency call's header in which all ranks must agree, by name and in order.
 LOW_LATENCY_AGREED = (
     "call",
@@ -248,6 +250,7 @@ def low_latency_rows_offset(num_ranks: int) -> int:
 def low_latency_constants(num_ranks: int) -> dict[str, int]:
     """Return the constants of low-latency slabs for kernels of a group of so many ranks."""
     return {
+        "kMaxLowLatencyBlocks": MAX_LOW_LATENCY_BLOCKS,
         "kMaxLowLatencyTokens": MAX_LOW_LATENCY_TOKENS,
         "kMaxLowLatencyTopk": MAX_LOW_LATENCY_TOPK,
         "kMaxCellRowBytes": MAX_CELL_ROW_BYTES,

@@ -1,23 +1,26 @@
 // What both low-latency kernels do alike: epochs, slots, waits, masks and the way out.
 //
 // Epochs. A rank's calls are numbered in device memory; all ranks make the same calls in the same
-// order, so their numbers agree, in replayed graphs too. Everything that ranks wait for is a cell
-// that holds the call's epoch, so nothing is reset between calls. A kernel that only receives takes
-// its epoch from its call's ticket, which the kernel that sent has written.
+// order, so their numbers agree, in replayed graphs too. Every block counts for itself, in a record
+// that only it touches, so no block has to know that the others are done: all kernels have as many.
+// Everything that ranks wait for is a cell that holds the call's epoch, so nothing is reset between
+// calls. A kernel that only receives takes its epoch from its call's ticket, which the kernel that
+// sent has written.
 //
 // Slots. Call n uses slot n % 2. A rank writes into a peer's slot only when the peer has posted
-// that it received the slot's last call.
+// that it received the slot's last call. A kernel posts, before it waits for anything, what earlier
+// kernels of its rank have received: at the latest, the kernel that sends call n + 2 posts call n.
 //
 // Ordering:
-//   reads of a slot -> end of the block -> acquire and release of the block count -> release of
-//   received, by the last block
+//   reads of a slot -> end of the kernel -> a later kernel of the stream -> release of received, by
+//   one of its blocks
 //   acquire of received by a lane of each block -> __syncthreads -> stores into the peer's slot
 //   stores of a part's row by a group of warps -> the group's barrier -> release of the part's flag
 //   acquire of the flag by one lane of each warp -> __syncwarp -> loads of the row by all lanes
 // Rows of a rank with few tokens cross without flags: each word in a cell with the epoch, which
 // tells by itself that it is there. A kernel sends before it receives, all blocks are resident at
-// once, and sending waits for nothing but what earlier kernels of peers post, and, in combine, for
-// tables, which are sent first.
+// once, and sending waits for nothing but what peers' kernels of the same call post at their
+// beginning, and, in combine, for tables, which are sent first.
 //
 // Code. A kernel runs once from end to end, so every instruction is fetched anew, which takes
 // longer than to run it. Only loops that keep several reads on their way are unrolled.
@@ -52,16 +55,23 @@ struct LowLatencyShape {
 static_assert(sizeof(LowLatencyShape) == slab::kLowLatencyHeaderWords * sizeof(u32),
               "the header of a call");
 
+// What a block of all kernels remembers: in a sector of its own, which others do not queue for.
+struct BlockState {
+  u32 epoch;
+  u32 padding;
+  u32 slot_epoch[2];     // of each slot's last call that was sent
+  u32 slot_masked[2];    // and the peers that it left out, as bits
+  u32 slot_received[2];  // of each slot's last call that was received
+};
+
 // Device memory of one rank that only its own kernels touch.
 struct LowLatencyState {
-  u32 epoch;
-  u32 num_finished_blocks;
+  u32 num_finished_blocks;  // of a call whose waits are summed
   u32 has_failed;
-  u32 padding;
-  u32 slot_epoch[2];   // of each slot's last call
-  u32 slot_masked[2];  // and the peers that it left out, as bits
   u32 waited_us[kMaxRanks];
   u64 verdicts[kMaxRanks];  // {epoch, whether the source takes part in this dispatch}
+  u64 padding[3];
+  BlockState blocks[kMaxLowLatencyBlocks];
 };
 
 struct LowLatencyCall {
@@ -79,6 +89,7 @@ struct LowLatencyCall {
   u32 padding;
 };
 
+static_assert(sizeof(BlockState) == 32, "a sector");
 static_assert(sizeof(LowLatencyState) == kLowLatencyStateBytes,
               "epcomm/engines/cuda_params.py differs");
 
@@ -208,29 +219,45 @@ __device__ inline Outcome await_part(const LowLatencyCall& call, const Round& ro
 // Zero is what memory begins with, so it is no epoch.
 __device__ __forceinline__ u32 epoch_after(u32 epoch) { return epoch == ~0u ? 2 : epoch + 1; }
 
-// Begins a call: waits, where it sends, until peers have received the slot's last call. By all
-// threads; false, to all of them, where the call may not go on.
+// The block that posts what was received: it sends no table, and few rows where there are few.
+__device__ __forceinline__ bool is_poster() {
+  return blockIdx.x == (gridDim.x > kNumRanks ? gridDim.x - 1 - kNumRanks : 0);
+}
+
+// Begins a call: posts what was received, counts the call, and waits, where it sends, until peers
+// have received the slot's last call. By all threads; false, to all of them, where the call may not
+// go on.
 __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
-  const volatile LowLatencyState& state = *call.state;
-  const bool sends = (call.phases & kSends) != 0;
+  BlockState& own = call.state->blocks[blockIdx.x];
+  const volatile BlockState& state = own;
+  const bool sends = (call.phases & kSends) != 0, receives = (call.phases & kReceives) != 0;
   bool is_good = true;
   if (warp_index() == 0) {
     const u32 lane = lane_index(), peer = lane % kMaxRanks;
+    const bool is_peer = lane < 2 * kMaxRanks && peer < kNumRanks && peer != call.rank;
     // All that is needed is read at once, of both slots, before it is known which one it is.
     const u32 epoch =
         sends ? epoch_after(state.epoch) : *static_cast<const volatile u32*>(call.ticket);
     const u32 slot_epoch[2] = {state.slot_epoch[0], state.slot_epoch[1]};
     const u32 slot_masked[2] = {state.slot_masked[0], state.slot_masked[1]};
+    const u32 received = state.slot_received[lane / kMaxRanks % 2];
+    is_good = !has_failed(call);
     bool leaves_out = peer < kNumRanks && is_masked(call, peer);
     u32 seen = 0;
-    if (sends && lane < 2 * kMaxRanks && peer < kNumRanks) {
+    if (sends && is_peer) {
       seen = ptx::ld_acquire_sys_u32(
           slab::received_cell(call.slabs, call.rank, lane / kMaxRanks, peer));
+    }
+    // Before anything is waited for: a peer's kernel may wait for this before it posts the next.
+    if (is_poster() && is_peer && !leaves_out) {
+      ptx::st_release_sys_u32(slab::received_cell(call.slabs, peer, lane / kMaxRanks, call.rank),
+                              received);
     }
     const u32 slot = epoch % 2, last = slot == 0 ? slot_epoch[0] : slot_epoch[1];
     const u32 left_out = slot == 0 ? slot_masked[0] : slot_masked[1];
     seen = __shfl_sync(kFullWarp, seen, slot * kMaxRanks + peer);
-    const bool waits = sends && lane < kNumRanks && !leaves_out && ((left_out >> peer) & 1) == 0;
+    const bool waits = sends && is_good && is_peer && lane < kNumRanks && !leaves_out &&
+                       ((left_out >> peer) & 1) == 0;
     if (waits && !is_there(kReceived, seen, last)) {
       const u32* cell = slab::received_cell(call.slabs, call.rank, slot, peer);
       const Outcome outcome = await_slowly(call, kReceived, peer, last, cell).outcome;
@@ -239,34 +266,44 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
       if (leaves_out) mask(call, peer);
     }
     const u32 masked = __ballot_sync(kFullWarp, leaves_out && lane < kNumRanks);
-    if (lane == 0) *round = {epoch, slot, masked};
+    __syncwarp();  // a vote orders no memory: all lanes have read what is written now
+    if (lane == 0) {
+      *round = {epoch, slot, masked};
+      if (sends) {
+        own.epoch = epoch;
+        own.slot_epoch[slot] = epoch;
+        own.slot_masked[slot] = masked;
+        if (call.ticket != nullptr && blockIdx.x == 0) *call.ticket = epoch;
+      }
+      // Not yet, but when the next kernel reads it.
+      if (receives) own.slot_received[slot] = epoch;
+    }
   }
-  // Not warp 0: the others have looked by the time that it comes here.
-  return __syncthreads_and(is_good && (warp_index() == 0 || !has_failed(call)));
+  return __syncthreads_and(is_good);
 }
 
-// Ends a call. By all threads.
-__device__ inline void finish(const LowLatencyCall& call, const Round& round) {
+// Adds this call's waits to the caller's. By all threads.
+__device__ __noinline__ void add_waits(const LowLatencyCall& call) {
   LowLatencyState& state = *call.state;
   if (!is_last_block(&state.num_finished_blocks)) return;
   const u32 peer = threadIdx.x;
-  if ((call.phases & kReceives) && peer < kNumRanks) {
-    if (!is_masked(call, peer)) {
-      ptx::st_release_sys_u32(slab::received_cell(call.slabs, peer, round.slot, call.rank),
-                              round.epoch);
-    }
-    if (call.wait_stats != nullptr) call.wait_stats[peer] += state.waited_us[peer];
-    state.waited_us[peer] = 0;
-  }
-  if ((call.phases & kSends) && threadIdx.x == 0) {
-    u32 left_out = 0;
+  if (peer >= kNumRanks) return;
+  call.wait_stats[peer] += state.waited_us[peer];
+  state.waited_us[peer] = 0;
+}
+
+// Ends a call. By all threads.
+__device__ __forceinline__ void finish(const LowLatencyCall& call, const Round& round) {
+  if (call.can_mask && (call.phases & kSends)) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      u32 left_out = 0;
 #pragma unroll 1
-    for (u32 i = 0; i < kNumRanks; ++i) left_out |= is_masked(call, i) ? 1u << i : 0;
-    state.slot_epoch[round.slot] = round.epoch;
-    state.slot_masked[round.slot] = left_out;
-    state.epoch = round.epoch;
-    if (call.ticket != nullptr) *call.ticket = round.epoch;
+      for (u32 i = 0; i < kNumRanks; ++i) left_out |= is_masked(call, i) ? 1u << i : 0;
+      call.state->blocks[blockIdx.x].slot_masked[round.slot] = left_out;
+    }
   }
+  if (call.wait_stats != nullptr) add_waits(call);
 }
 
 // --- rows in pieces ----------------------------------------------------------------------------

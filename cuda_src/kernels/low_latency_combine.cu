@@ -17,6 +17,7 @@
 //
 // A source's own table tells it whom to wait for: what the caller passed may have changed by then.
 #include "comm/choice_tables.cuh"
+#include "comm/few_choices.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
 #include "ptx/convert.cuh"
@@ -114,12 +115,12 @@ __device__ __forceinline__ bool uses_cells(const LowLatencyCombineParams& params
   return params.call.shape.format == kByRank && comm::uses_cells(num_tokens, row_bytes_of(params));
 }
 
-// Sends the weighted sums of a part's rows.
+// Sends the weighted sums of a part's rows. So many rows are on their way together, and so many
+// vectors of each: one after the other they take as much longer.
+template <u32 kRows, u32 kUnroll>
 __device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
                                           const comm::Round& round, const comm::Part& part,
                                           bool is_in_cells) {
-  // So many rows are on their way together: one after the other they take as much longer.
-  constexpr u32 kUnroll = 2, kRows = 4;
   const comm::LowLatencyCall& call = params.call;
   u64* cells =
       slab::cell_row(call.slabs, part.source, round.slot, call.rank, is_in_cells ? part.token : 0);
@@ -196,7 +197,7 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
   const comm::LowLatencyCall& call = params.call;
   const bool is_by_rank = call.shape.format == kByRank;
   if (is_by_rank) {
-    send_sums(params, round, part, is_in_cells);
+    send_sums<4, 2>(params, round, part, is_in_cells);
     if (is_in_cells) return;
   } else {
 #pragma unroll 1
@@ -232,6 +233,20 @@ struct Line {
   float weight;
 };
 
+// This lane's line of a token, of which it has a choice. By all lanes of a warp.
+__device__ __forceinline__ Line line_of(const comm::LowLatencyCall& call, u32 expert, u32 weight) {
+  const u32 lane = lane_index();
+  const bool is_chosen = static_cast<i32>(expert) >= 0;
+  const u32 holder = is_chosen ? expert / num_local_experts(call) : kNumRanks;
+  if (call.shape.format == kByExpert) return {is_chosen, holder, ptx::as_float(weight)};
+  u32 ranks = 0;
+#pragma unroll
+  for (u32 rank = 0; rank < kNumRanks; ++rank) {
+    if (__any_sync(kFullWarp, holder == rank)) ranks |= 1u << rank;
+  }
+  return {lane < kNumRanks && ((ranks >> lane) & 1) != 0, lane, 1.0f};
+}
+
 // Reads a token's choices, as this rank sent them to itself. By all lanes of a warp.
 __device__ inline Line own_line(const LowLatencyCombineParams& params, const comm::Round& round,
                                 u32 token) {
@@ -254,15 +269,7 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
     if (found[0].outcome == comm::Outcome::kArrived) expert = found[0].word;
     weight = found[1].word;
   }
-  const bool is_chosen = static_cast<i32>(expert) >= 0;
-  const u32 holder = is_chosen ? expert / num_local_experts(call) : kNumRanks;
-  if (call.shape.format == kByExpert) return {is_chosen, holder, ptx::as_float(weight)};
-  u32 ranks = 0;
-#pragma unroll
-  for (u32 rank = 0; rank < kNumRanks; ++rank) {
-    if (__any_sync(kFullWarp, holder == rank)) ranks |= 1u << rank;
-  }
-  return {lane < kNumRanks && ((ranks >> lane) & 1) != 0, lane, 1.0f};
+  return line_of(call, expert, weight);
 }
 
 // Sums a part of one of this rank's tokens whose rows come in cells, from the ranks of `lines`. By
@@ -310,12 +317,21 @@ __device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
   }
 }
 
-// Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
+// The same, from choices that the block keeps.
+__device__ __forceinline__ Line kept_line(const comm::LowLatencyCall& call, const comm::Few& few,
+                                          u32 token) {
+  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
+  const u32 entry = few.first_entry[call.rank] + token * num_topk + lane;
+  return line_of(call, lane < num_topk ? few.expert[entry] : ~0u, 0);
+}
+
+// Sums a part of one of this rank's tokens. few: all choices, or null. By all threads of a group;
+// each warp for itself.
 __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
-                                         const comm::Round& round, u32 item) {
+                                         const comm::Round& round, u32 item, const comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
-  const Line line = own_line(params, round, token);
+  const Line line = few != nullptr ? kept_line(call, *few, token) : own_line(params, round, token);
   const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
   comm::Outcome outcome = comm::Outcome::kMissing;
   if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
@@ -368,6 +384,77 @@ __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
   }
 }
 
+// --- few tokens --------------------------------------------------------------------------------
+
+constexpr u32 kFewExperts = 512;
+
+// In shared memory.
+struct FewTables {
+  comm::Few few;
+  u64 ranges[kFewExperts];  // as layout_range
+};
+
+__device__ __forceinline__ bool may_be_few(const LowLatencyCombineParams& params) {
+  const comm::LowLatencyCall& call = params.call;
+  return call.phases == (comm::kSends | comm::kReceives) && comm::may_be_few(call) &&
+         uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kFewExperts;
+}
+
+// Keeps the choices of all sources. By all threads; false, to all of them, where the call has
+// failed.
+__device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const comm::Round& round,
+                                         const comm::LowLatencyShape* headers,
+                                         comm::Arrivals* arrivals, comm::Few* few) {
+  u32 end = 0;
+#pragma unroll
+  for (u32 source = 0; source < kNumRanks; ++source) {
+    end += headers[source].num_tokens * call.shape.num_topk;
+  }
+  comm::read_entries<true>(
+      call, round, 0, end, arrivals,
+      [&](u32 i, u32* whose) {
+        u32 begin;
+        *whose = comm::source_of(call, headers, i, &begin);
+        return slab::table(call.slabs, call.rank, round.slot, *whose) +
+               (i - begin) * slab::kEntryWords;
+      },
+      [&](u32 i, i32 expert, u32 weight) {
+        few->expert[i] = static_cast<u32>(expert);
+        few->weight[i] = weight;
+        if (expert < 0) return;
+        comm::keep(call, few, i, static_cast<u32>(expert) - call.rank * num_local_experts(call));
+      });
+  __syncthreads();
+  return arrivals->has_failed == 0;
+}
+
+// Sends all parts of all sources' rows where they are few. Returns which part of this rank's tokens
+// the group sums first: others than those that send, where groups are enough. By all threads; each
+// group for itself.
+__device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
+                                        const comm::Round& round,
+                                        const comm::LowLatencyShape* headers, FewTables* tables) {
+  const comm::LowLatencyCall& call = params.call;
+  comm::Few* few = &tables->few;
+  const u32 num_local = num_local_experts(call);
+  const u32 end = few->first_item[kNumRanks], step = gridDim.x * kNumGroups;
+  u32 i = blockIdx.x + gridDim.x * comm::group_index();
+#pragma unroll 1
+  for (; i < end; i += step) {
+    const comm::Part part = comm::place_few(
+        call, few, comm::few_item(call, *few, headers, i), [=](u32 source, u32 local, u32 entry) {
+          const u64 range = tables->ranges[local * kNumRanks + source];
+          const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
+          const u32 row = begin + few->rows_before(num_local, local, entry) -
+                          few->rows_before(num_local, local, few->first_entry[source]);
+          // A row that dispatch did not give: the caller passes other choices than those.
+          return row < min_of(begin + count, comm::num_recv_rows(call)) ? row : comm::kNoRow;
+        });
+    if (part.num_choices > 0) send_sums<8, 1>(params, round, part, true);
+  }
+  return i - end;
+}
+
 // In shared memory.
 struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
@@ -394,18 +481,40 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   using namespace epcomm;
   extern __shared__ __align__(128) u8 shared_memory[];  // Span[local experts]
   __shared__ Sources sources;
-  __shared__ comm::Chunk chunk;
+  __shared__ union {
+    comm::Chunk chunk;
+    FewTables few;
+  } tables;
   const comm::LowLatencyCall& call = params.call;
   __shared__ comm::Round round;
+  // On its way while the call begins.
+  const bool tries_few = may_be_few(params);
+  const u32 num_experts = call.shape.num_experts;
+  i64 range = 0;
+  if (tries_few && threadIdx.x < num_experts) range = params.layout_range[threadIdx.x];
   if (!comm::begin(call, &round)) return;
   if (call.phases & comm::kSends) {
     comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
   }
+  if (tries_few) {
+    comm::clear(call, &tables.few.few);
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < num_experts; i += blockDim.x) {
+      tables.few.ranges[i] = i == threadIdx.x ? range : params.layout_range[i];
+    }
+  }
   bool is_good = find_sources(call, round, &sources);
-  if (is_good && call.phases & comm::kSends) {
+  const bool are_few = is_good && tries_few && comm::are_few(call, sources.headers);
+  // What a group sums first, in place of what it sends next.
+  u32 first_item = blockIdx.x + gridDim.x * comm::group_index();
+  if (are_few) {
+    if (threadIdx.x == 0) comm::number(call, sources.headers, &tables.few.few);
+    is_good = read_few(call, round, sources.headers, &sources.arrivals, &tables.few.few);
+    if (is_good) first_item = send_few(params, round, sources.headers, &tables.few);
+  } else if (is_good && call.phases & comm::kSends) {
     is_good = comm::for_each_part<true>(
         call, round, ~(sources.arrivals.missing | round.masked), sources.headers, nullptr,
-        reinterpret_cast<comm::Span*>(shared_memory), &chunk, &sources.arrivals,
+        reinterpret_cast<comm::Span*>(shared_memory), &tables.chunk, &sources.arrivals,
         [&](u32 source, u32 expert) {
           const u64 range = static_cast<u64>(params.layout_range[expert * kNumRanks + source]);
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
@@ -418,10 +527,10 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   }
   if (is_good && call.phases & comm::kReceives) {
     const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
+    const comm::Few* few = are_few ? &tables.few.few : nullptr;
 #pragma unroll 1
-    for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
-         item += gridDim.x * kNumGroups) {
-      sum_part(params, round, item);
+    for (u32 item = first_item; item < num_items; item += gridDim.x * kNumGroups) {
+      sum_part(params, round, item, few);
     }
   }
   comm::finish(call, round);

@@ -17,6 +17,7 @@
 // A source that is masked before its tables are seen gives nothing. One that dies between its table
 // and its rows leaves rows that are zeros in whole or in part, in this call only.
 #include "comm/choice_tables.cuh"
+#include "comm/few_choices.cuh"
 #include "comm/low_latency.cuh"
 #include "kernels/low_latency_dispatch_receive.cuh"
 #include "kernels/low_latency_dispatch_rows.cuh"
@@ -28,7 +29,10 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   // Span[local experts], then u32[kNumRanks][local experts]: rows from each source.
   extern __shared__ __align__(128) u8 shared_memory[];
   __shared__ Sources sources;
-  __shared__ comm::Chunk chunk;
+  __shared__ union {
+    comm::Chunk chunk;
+    comm::Few few;
+  } tables;
   const comm::LowLatencyCall& call = params.call;
   __shared__ comm::Round round;
   // What is sent first is read while the call begins.
@@ -43,12 +47,20 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
     const u32 num_local = num_local_experts(call);
     comm::Span* spans = reinterpret_cast<comm::Span*>(shared_memory);
     u32* counts = reinterpret_cast<u32*>(spans + num_local);
-    if (find_sources(params, round, &sources, counts)) {
-      if (blockIdx.x == 0) write_counts(params, counts);
-      fill_tails(params, counts);
+    const bool is_good = find_sources(params, round, &sources, counts, &tables.few);
+    if (is_good && sources.are_few) {
+      receive_few(params, round, sources, &tables.few);
+      const FewCounts few = {tables.few, num_local};
+      // By a block that has none of the rows, where they do not go round.
+      if (blockIdx.x == gridDim.x - 1) write_counts(params, few);
+      fill_tails(params, few);
+    } else if (is_good) {
+      const Counts all = {counts, num_local};
+      if (blockIdx.x == 0) write_counts(params, all);
+      fill_tails(params, all);
       comm::for_each_part<false>(
           call, round, ~sources.arrivals.missing, sources.headers,
-          sources.num_entries <= kKeptEntries ? sources.kept : nullptr, spans, &chunk,
+          sources.num_entries <= kKeptEntries ? sources.kept : nullptr, spans, &tables.chunk,
           &sources.arrivals,
           [=](u32 source, u32 expert) {
             u32 begin = 0;

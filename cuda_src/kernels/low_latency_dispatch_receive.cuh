@@ -2,6 +2,7 @@
 #pragma once
 
 #include "comm/choice_tables.cuh"
+#include "comm/few_choices.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
 #include "kernels/low_latency_dispatch_rows.cuh"
@@ -27,18 +28,21 @@ struct Sources {
   comm::Arrivals arrivals;
   u32 taking_part;  // as bits
   u32 num_entries;
+  u32 are_few;             // and not counted, but in Few
   u16 kept[kKeptEntries];  // all sources' choices, where they are no more
 };
 
-// Counts the rows of some sources, those whose tables arrive, for each local expert. By all
-// threads; false, to all of them, where the call has failed.
+// Counts the rows of some sources, those whose tables arrive, for each local expert, or keeps their
+// choices where these are few. By all threads; false, to all of them, where the call has failed.
 __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const comm::Round& round,
-                                  u32 wanted, Sources* sources, u32* counts) {
+                                  u32 wanted, Sources* sources, u32* counts, comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_local = num_local_experts(call), num_topk = call.shape.num_topk;
   comm::Arrivals* arrivals = &sources->arrivals;
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < kNumRanks * num_local; i += blockDim.x) counts[i] = 0;
+  const bool may_be_few = comm::may_be_few(call) && slot_row_bytes(params) <= kMaxCellRowBytes;
+  if (may_be_few) comm::clear(call, few);
   if (threadIdx.x == 0) *arrivals = {~wanted, 0};
   __syncthreads();
   if (!comm::read_headers(call, round, wanted, sources->headers, arrivals)) return false;
@@ -48,7 +52,12 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
     end += sources->headers[source].num_tokens * num_topk;
     ends[source] = end;
   }
-  if (threadIdx.x == 0) sources->num_entries = end;
+  const bool are_few = may_be_few && comm::are_few(call, sources->headers);
+  if (threadIdx.x == 0) {
+    sources->num_entries = end;
+    sources->are_few = are_few;
+    if (are_few) comm::number(call, sources->headers, few);
+  }
   auto source_of = [&ends](u32 i, u32* begin) {
     u32 source = 0;
     *begin = 0;
@@ -72,6 +81,11 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
       [&](u32 i, i32 expert, u32) {
         const u32 local = static_cast<u32>(expert) - call.rank * num_local;
         const bool is_here = expert >= 0 && local < num_local;
+        if (are_few) {
+          few->expert[i] = static_cast<u32>(expert);
+          if (is_here) comm::keep(call, few, i, local);
+          return;
+        }
         if (i < kKeptEntries) sources->kept[i] = is_here ? static_cast<u16>(local) : comm::kNotHere;
         if (!is_here) return;
         u32 begin;
@@ -85,12 +99,12 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
 // where the call has failed.
 __device__ __forceinline__ bool find_sources(const LowLatencyDispatchParams& params,
                                              const comm::Round& round, Sources* sources,
-                                             u32* counts) {
+                                             u32* counts, comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
   constexpr u32 kAll = (1u << kNumRanks) - 1;
   u32 wanted = kAll & ~round.masked;
   while (true) {
-    if (!count_rows(params, round, wanted, sources, counts)) return false;
+    if (!count_rows(params, round, wanted, sources, counts, few)) return false;
     const u32 seen = kAll & ~sources->arrivals.missing;
     if (!call.can_mask) return true;
     if (warp_index() == 0) {
@@ -114,15 +128,49 @@ __device__ __forceinline__ bool find_sources(const LowLatencyDispatchParams& par
   }
 }
 
+// Rows of each source for each local expert, as counted.
+struct Counts {
+  const u32* counts;
+  u32 num_local;
+
+  __device__ __forceinline__ u32 of(u32 source, u32 expert) const {
+    return counts[source * num_local + expert];
+  }
+
+  __device__ __forceinline__ u32 end(u32 expert) const {
+    u32 end = 0;
+#pragma unroll 1
+    for (u32 source = 0; source < kNumRanks; ++source) end += of(source, expert);
+    return end;
+  }
+};
+
+// The same, of choices that are few.
+struct FewCounts {
+  const comm::Few& few;
+  u32 num_local;
+
+  __device__ __forceinline__ u32 of(u32 source, u32 expert) const {
+    return few.rows_before(num_local, expert, few.first_entry[source + 1]) -
+           few.rows_before(num_local, expert, few.first_entry[source]);
+  }
+
+  __device__ __forceinline__ u32 end(u32 expert) const {
+    return few.rows_before(num_local, expert, few.first_entry[kNumRanks]);
+  }
+};
+
 // Tells how many rows every expert got, and from whom. By all threads of a block.
-__device__ inline void write_counts(const LowLatencyDispatchParams& params, const u32* counts) {
+template <typename AnyCounts>
+__device__ __forceinline__ void write_counts(const LowLatencyDispatchParams& params,
+                                             const AnyCounts& counts) {
   const u32 num_local = num_local_experts(params.call);
 #pragma unroll 1
   for (u32 expert = threadIdx.x; expert < num_local; expert += blockDim.x) {
     u32 begin = 0;
 #pragma unroll 1
     for (u32 source = 0; source < kNumRanks; ++source) {
-      const u32 count = counts[source * num_local + expert];
+      const u32 count = counts.of(source, expert);
       params.layout_range[expert * kNumRanks + source] =
           static_cast<i64>(comm::cell_of(begin, count));
       begin += count;
@@ -133,14 +181,14 @@ __device__ inline void write_counts(const LowLatencyDispatchParams& params, cons
 }
 
 // Marks the places behind every expert's rows. By all threads.
-__device__ inline void fill_tails(const LowLatencyDispatchParams& params, const u32* counts) {
+template <typename AnyCounts>
+__device__ __forceinline__ void fill_tails(const LowLatencyDispatchParams& params,
+                                           const AnyCounts& counts) {
   const u32 num_local = num_local_experts(params.call);
   const u32 num_rows = comm::num_recv_rows(params.call);
 #pragma unroll 1
   for (u32 expert = blockIdx.x; expert < num_local; expert += gridDim.x) {
-    u32 end = 0;
-#pragma unroll 1
-    for (u32 source = 0; source < kNumRanks; ++source) end += counts[source * num_local + expert];
+    const u32 end = counts.end(expert);
 #pragma unroll 1
     for (u32 row = end + threadIdx.x; row < num_rows; row += blockDim.x) {
       params.src_info[u64(expert) * num_rows + row] = -1;
@@ -169,9 +217,9 @@ struct Share {
   u32 end_scale;
 };
 
-__device__ __forceinline__ Share share_of(const LowLatencyDispatchParams& params,
-                                          const comm::Part& part) {
-  const comm::Granules granules = comm::granules_of(data_bytes(params), part.index, part.num_parts);
+__device__ __forceinline__ Share share_of(const LowLatencyDispatchParams& params, u32 index,
+                                          u32 num_parts) {
+  const comm::Granules granules = comm::granules_of(data_bytes(params), index, num_parts);
   const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
   const u32 number = scales_of_granule(params);
   return {granules.begin * comm::kGranuleBytes + thread * static_cast<u32>(sizeof(Vec16)),
@@ -207,7 +255,7 @@ __device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams
   if (outcome == comm::Outcome::kFailed) return;
   const bool is_here = outcome == comm::Outcome::kArrived;
   const u8* row = slot_row(params, round, call.rank, part.source, part.token);
-  const Share share = share_of(params, part);
+  const Share share = share_of(params, part.index, part.num_parts);
 #pragma unroll 1
   for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
     Vec16 v[kUnroll] = {};
@@ -226,55 +274,91 @@ __device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams
   }
 }
 
+constexpr u32 kCellVecs = 2;
+
+// What a thread saw of a part that comes in cells, at its first look: on its way while it is worked
+// out for whom the part is.
+struct SeenPart {
+  u64* row;
+  Share share;
+  u64 scale;  // all that a thread has of the scales, as a rule
+  comm::VecCells values[kCellVecs];
+};
+
+__device__ __forceinline__ void look_at_values(SeenPart* seen, u32 first) {
+#pragma unroll
+  for (u32 j = 0; j < kCellVecs; ++j) {
+    const u32 at = first + j * Share::kStep;
+    if (at < seen->share.end) seen->values[j] = comm::look_at_cells(seen->row, at);
+  }
+}
+
+__device__ __forceinline__ SeenPart look_at_part(const LowLatencyDispatchParams& params,
+                                                 const comm::Round& round, u32 source, u32 token,
+                                                 u32 index, u32 num_parts) {
+  const comm::LowLatencyCall& call = params.call;
+  SeenPart seen;
+  seen.row = slab::cell_row(call.slabs, call.rank, round.slot, source, token);
+  seen.share = share_of(params, index, num_parts);
+  look_at_values(&seen, seen.share.first);
+  const u32 at = data_bytes(params) + seen.share.first_scale * sizeof(u32);
+  const bool has_scale = seen.share.first_scale < seen.share.end_scale;
+  seen.scale = has_scale ? ptx::ld_relaxed_sys_u64(comm::cell_at(seen.row, at)) : 0;
+  return seen;
+}
+
 // Receives a part that comes in cells; zeros for what does not come. By all threads of a group.
 __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& params,
-                                              const comm::Round& round, const comm::Part& part) {
-  constexpr u32 kUnroll = 2;
+                                              const comm::Round& round, const comm::Part& part,
+                                              SeenPart& seen) {
   const comm::LowLatencyCall& call = params.call;
-  u64* row = slab::cell_row(call.slabs, call.rank, round.slot, part.source, part.token);
-  const Share share = share_of(params, part);
-  // All that a thread has of the scales, as a rule: on its way with the values.
-  const bool has_scale = share.first_scale < share.end_scale;
-  const u64* scale_cell = comm::cell_at(row, data_bytes(params) + share.first_scale * sizeof(u32));
-  const u64 scale = has_scale ? ptx::ld_relaxed_sys_u64(scale_cell) : 0;
+  const Share& share = seen.share;
   bool is_missing = false;
 #pragma unroll 1
-  for (u32 first = share.first; first < share.end; first += kUnroll * Share::kStep) {
-    comm::VecCells seen[kUnroll];
+  for (u32 first = share.first; first < share.end; first += kCellVecs * Share::kStep) {
+    if (first != share.first) look_at_values(&seen, first);
     while (true) {
       const u64* late = nullptr;
 #pragma unroll
-      for (u32 j = 0; j < kUnroll; ++j) {
-        const u32 at = first + j * Share::kStep;
-        if (at < share.end) seen[j] = comm::look_at_cells(row, at);
-      }
-#pragma unroll
-      for (u32 j = 0; j < kUnroll; ++j) {
+      for (u32 j = 0; j < kCellVecs; ++j) {
         const u32 at = first + j * Share::kStep;
         if (late == nullptr && at < share.end) {
-          late = comm::late_cell(row, at, seen[j], round.epoch);
+          late = comm::late_cell(seen.row, at, seen.values[j], round.epoch);
         }
       }
       if (late == nullptr || is_missing) break;
       const comm::Outcome outcome = comm::await_cell(call, round, part.source, late);
       if (outcome == comm::Outcome::kFailed) return;
       is_missing = outcome == comm::Outcome::kMissing;
+      look_at_values(&seen, first);
     }
-    Vec16 v[kUnroll];
+    Vec16 v[kCellVecs];
 #pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) v[j] = is_missing ? Vec16{} : comm::words_of(seen[j]);
+    for (u32 j = 0; j < kCellVecs; ++j) {
+      v[j] = is_missing ? Vec16{} : comm::words_of(seen.values[j]);
+    }
     give_values(params, part, first, share.end, v);
   }
 #pragma unroll 1
   for (u32 k = share.first_scale; k < share.end_scale; k += comm::kGroupThreads) {
-    comm::Awaited found = {comm::Outcome::kArrived, static_cast<u32>(scale)};
-    if (k != share.first_scale || static_cast<u32>(scale >> 32) != round.epoch) {
-      const u64* cell = comm::cell_at(row, data_bytes(params) + k * sizeof(u32));
+    comm::Awaited found = {comm::Outcome::kArrived, static_cast<u32>(seen.scale)};
+    if (k != share.first_scale || static_cast<u32>(seen.scale >> 32) != round.epoch) {
+      const u64* cell = comm::cell_at(seen.row, data_bytes(params) + k * sizeof(u32));
       found = comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);
     }
     if (found.outcome == comm::Outcome::kFailed) return;
     give_scale(params, part, k, found.word);
   }
+}
+
+// Tells experts whose row they got. By all threads of a group.
+__device__ __forceinline__ void write_sources(const LowLatencyDispatchParams& params,
+                                              const comm::Part& part) {
+  const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
+  if (part.index != 0 || thread >= part.num_choices) return;
+  const comm::Choice& choice = part.choices[thread];
+  const u64 line = u64(choice.expert) * comm::num_recv_rows(params.call);
+  params.src_info[line + choice.row] = static_cast<i32>(part.token);
 }
 
 // Receives parts of a source's rows for all experts that they are for. By all threads.
@@ -286,16 +370,38 @@ __device__ __forceinline__ void receive_parts(const LowLatencyDispatchParams& pa
     const comm::Part part = parts.part(item);
     if (part.num_choices == 0) continue;
     if (are_in_cells) {
-      receive_cells(params, round, part);
+      SeenPart seen =
+          look_at_part(params, round, part.source, part.token, part.index, part.num_parts);
+      receive_cells(params, round, part, seen);
     } else {
       receive_from_slot(params, round, part);
     }
-    const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
-    if (part.index == 0 && thread < part.num_choices) {
-      const comm::Choice& choice = part.choices[thread];
-      const u64 line = u64(choice.expert) * comm::num_recv_rows(params.call);
-      params.src_info[line + choice.row] = static_cast<i32>(part.token);
-    }
+    write_sources(params, part);
+  }
+}
+
+// Receives all sources' rows where they are few; others than groups that send, where these are
+// enough. By all threads; each warp for itself.
+__device__ __forceinline__ void receive_few(const LowLatencyDispatchParams& params,
+                                            const comm::Round& round, const Sources& sources,
+                                            comm::Few* few) {
+  const comm::LowLatencyCall& call = params.call;
+  const u32 num_local = num_local_experts(call), step = gridDim.x * kNumGroups;
+  // As if a group's turns went on behind those in which it sends.
+  const u32 num_sent = call.shape.num_tokens * call.shape.num_parts;
+  const u32 end = num_sent + few->first_item[kNumRanks];
+#pragma unroll 1
+  for (u32 i = blockIdx.x + gridDim.x * comm::group_index(); i < end; i += step) {
+    if (i < num_sent) continue;
+    const comm::FewItem item = comm::few_item(call, *few, sources.headers, i - num_sent);
+    SeenPart seen =
+        look_at_part(params, round, item.source, item.token, item.index, item.num_parts);
+    const comm::Part part = comm::place_few(call, few, item, [=](u32, u32 local, u32 entry) {
+      return few->rows_before(num_local, local, entry);
+    });
+    if (part.num_choices == 0) continue;
+    receive_cells(params, round, part, seen);
+    write_sources(params, part);
   }
 }
 

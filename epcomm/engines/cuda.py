@@ -685,7 +685,8 @@ class CudaEngine:
         # take turns on it.
         most = self._num_multiprocessors // self._room.slabs.num_sharing
         # As many for each source: a block that has rows of two finds their places one by one.
-        return max(1, most // self._group.size * self._group.size)
+        blocks = max(1, most // self._group.size * self._group.size)
+        return min(blocks, cuda_layout.MAX_LOW_LATENCY_BLOCKS)
 
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
         """See `Engine.low_latency_dispatch`."""

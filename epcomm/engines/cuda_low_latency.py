@@ -85,7 +85,8 @@ class CudaLowLatency:
         group: The ranks, all on one node.
         device: This rank's GPU, current in this thread.
         num_bytes: Bytes to reserve for both slots' rows.
-        num_blocks: Blocks of every kernel: all fit on the GPU at once.
+        num_blocks: Blocks of every kernel: all fit on the GPU at once. As many each time, because
+            each block counts the calls.
         record: FAILURE_RECORD in pinned memory, the engine's.
         timeout_s: Deadline of every wait, in seconds.
         can_mask: Whether ranks that do not answer are masked in place of failing.

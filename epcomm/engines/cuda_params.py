@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epcomm.cuda_layout import HEADER_WORDS, MAX_LOCAL_EXPERTS, MAX_RANKS
+from epcomm.cuda_layout import (
+    HEADER_WORDS,
+    MAX_LOCAL_EXPERTS,
+    MAX_LOW_LATENCY_BLOCKS,
+    MAX_RANKS,
+)
 
 _PTR = np.uint64
 
@@ -167,17 +172,27 @@ COMBINE = np.dtype(
     align=True,
 )
 
-#: Device memory that a rank's low-latency calls count in.
-LOW_LATENCY_STATE = np.dtype(
+#: What a block of low-latency kernels remembers.
+LOW_LATENCY_BLOCK_STATE = np.dtype(
     [
         ("epoch", np.uint32),
-        ("num_finished_blocks", np.uint32),
-        ("has_failed", np.uint32),
         ("padding", np.uint32),
         ("slot_epoch", np.uint32, (2,)),
         ("slot_masked", np.uint32, (2,)),
+        ("slot_received", np.uint32, (2,)),
+    ],
+    align=True,
+)
+
+#: Device memory that a rank's low-latency calls count in.
+LOW_LATENCY_STATE = np.dtype(
+    [
+        ("num_finished_blocks", np.uint32),
+        ("has_failed", np.uint32),
         ("waited_us", np.uint32, (MAX_RANKS,)),
         ("verdicts", np.uint64, (MAX_RANKS,)),
+        ("padding", np.uint64, (3,)),
+        ("blocks", LOW_LATENCY_BLOCK_STATE, (MAX_LOW_LATENCY_BLOCKS,)),
     ],
     align=True,
 )

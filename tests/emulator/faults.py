@@ -33,7 +33,7 @@ class Fault:
         """Whether ThreadSanitizer finds it."""
         return self.case in (
             *(WATCHED, WATCHED_LOADS_AND_STORES),
-            *(WATCHED_DECODING, WATCHED_HOOKS),
+            *(WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW),
         )
 
     def plant(self, sources: Path, target: Path) -> None:
@@ -54,11 +54,12 @@ class Fault:
 
 
 WATCHED, WATCHED_LOADS_AND_STORES = (case.name for case in WATCHED_CASES)
-WATCHED_DECODING, WATCHED_HOOKS = (case.name for case in low_latency.WATCHED_CASES)
+WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW = (case.name for case in low_latency.WATCHED_CASES)
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
 _CHOICES = "comm/choices.cuh"
+_FEW = "comm/few_choices.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_SEND = "kernels/low_latency_dispatch_send.cuh"
 _LL_RECEIVE = "kernels/low_latency_dispatch_receive.cuh"
@@ -303,8 +304,8 @@ FAULTS = (
     Fault(
         "low latency: a kernel forgets to count its epoch",
         _LOW_LATENCY,
-        "    state.epoch = round.epoch;",
-        "    state.epoch = round.epoch - 1;",
+        "        own.epoch = epoch;",
+        "        own.epoch = epoch - 1;",
         "two ranks, bf16",
     ),
     Fault(
@@ -455,7 +456,7 @@ FAULTS = (
         _TABLES,
         "kept + range.first_entry",
         "kept",
-        "eight ranks",
+        "two ranks, bf16",
     ),
     Fault(
         "low-latency combine: cells are not waited for",
@@ -470,5 +471,33 @@ FAULTS = (
         "comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);",
         "comm::Awaited{comm::Outcome::kArrived, static_cast<u32>(*cell)};",
         "eight ranks",
+    ),
+    Fault(
+        "low latency: what was not received yet is posted",
+        _LOW_LATENCY,
+        "                              received);",
+        "                              epoch);",
+        "four ranks, hooks",
+    ),
+    Fault(
+        "low latency, few tokens: a choice counts before itself",
+        _FEW,
+        "const u32 rest = (1u << i % 32) - 1;",
+        "const u32 rest = (2u << i % 32) - 1;",
+        "few tokens",
+    ),
+    Fault(
+        "low latency, few tokens: choices give way while others still read them",
+        _FEW,
+        "  __syncwarp();  // all lanes are done with the choices before\n",
+        "",
+        WATCHED_FEW,
+    ),
+    Fault(
+        "low-latency combine, few tokens: rows begin where the first source's do",
+        _LL_COMBINE,
+        "tables->ranges[local * kNumRanks + source];",
+        "tables->ranges[local * kNumRanks];",
+        "few tokens",
     ),
 )

@@ -136,6 +136,21 @@ CASES = (
     Case("one expert takes all", (9, 6, 11), 11, routing="one", num_topk=2),
     Case("eight ranks", (2, 0, 1, 3, 4, 1, 0, 2), 4, num_local=2, fp8=_FLOAT),
     Case("eight ranks by expert", (1, 2, 0, 3, 1, 1, 2, 0), 3, num_local=1, precision=_EXPERT),
+    Case("few tokens", (4, 2, 3), 4, hidden=1536, num_topk=5, fp8=_PACKED, num_parts=(3, 1, 2)),
+    Case("few tokens, hooks", (1, 4), 4, hidden=1152, fp8=_FLOAT, num_parts=(2,), has_hooks=True),
+    Case(
+        "few tokens as on a GPU",
+        (8, 1),
+        8,
+        hidden=7168,
+        num_topk=8,
+        num_local=128,
+        fp8=_FLOAT,
+        num_parts=(7,),
+        num_rounds=2,
+        num_blocks=4,
+        grid=cuda_tuning.LOW_LATENCY_GRID,
+    ),
     Case(
         "decoding as on a GPU",
         (4, 7),
@@ -165,6 +180,7 @@ WATCHED_CASES = (
         num_rounds=2,
         grid=_WATCHED_GRID,
     ),
+    Case("watched few tokens", (3, 2), 3, fp8=_FLOAT, num_rounds=3, grid=_WATCHED_GRID),
 )
 
 
@@ -222,6 +238,8 @@ class Rank:
         ]
         cells = self.slab[offset:].view(np.uint32)
         cells[cuda_layout.MAX_RANKS :][: self.world.num_ranks] = 1  # of slot 1
+        for peer in self.world.ranks:
+            peer.state["blocks"]["slot_received"][:, 1] = 1  # they post it again
 
     def dispatch(
         self,
