@@ -119,8 +119,8 @@ def _options_for(device: Device, place: Device) -> str:
     if place == CPU:
         index = device.index
         return (
-            f"engine='cuda', device={index}, or, where GPUs have no peer access or ranks span "
-            f"nodes, with engine='host', device={index}"
+            f"engine='cuda', device={index}, or, where GPUs have no peer access, "
+            f"with engine='host', device={index}"
         )
     return f"device={device.index}"
 

@@ -141,7 +141,7 @@ class Buffer(LowLatencyCalls):
         setup = EngineSetup(
             device=self._place.device,
             num_bytes=self.num_nvl_bytes,
-            num_further_bytes=self.num_rdma_bytes,
+            num_rdma_bytes=self.num_rdma_bytes,
             can_mask=self.enable_shrink,
             num_sms=lambda: Buffer.num_sms,
             shm_dir=settings.shm_dir,
@@ -295,7 +295,8 @@ class Buffer(LowLatencyCalls):
             layout = engine.make_layout(idx, experts, self._allocate(framework, order))
             event = self._end(framework, order, (topk_idx, layout))
         per_node = layout.num_tokens_per_node
-        self._known_layout = KnownLayout(framework, idx, layout)
+        # What JAX returns is never what comes back: another array over the same memory.
+        self._known_layout = KnownLayout(framework, idx, layout) if framework.is_mutable else None
         return (
             framework.finish(layout.num_tokens_per_rank),
             None if per_node is None else framework.finish(per_node),
@@ -385,7 +386,8 @@ class Buffer(LowLatencyCalls):
                     )
                 experts = arguments.num_experts_of(num_experts, self.group_size)
                 if not engine.makes_layout_in_dispatch:
-                    given, experts = self._layout_of(topk_idx, experts), 0
+                    given = self._layout_of(topk_idx, experts, previous_event, async_finish)
+                    experts = 0
                     known_layout = self._known_layout
             if not experts:
                 layout = arguments.view_layout(*given, num_tokens, place, known_layout)
@@ -419,8 +421,16 @@ class Buffer(LowLatencyCalls):
             idx, weights = map(framework.finish, (result.topk.idx, result.topk.weights))
         return recv_x, idx, weights, result.num_recv_tokens_per_expert, result.handle, event
 
-    def _layout_of(self, topk_idx: Any, num_experts: int) -> tuple[Any, Any, Any]:
-        per_rank, _, per_expert, in_rank, _ = self.get_dispatch_layout(topk_idx, num_experts)
+    def _layout_of(
+        self,
+        topk_idx: Any,
+        num_experts: int,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+    ) -> tuple[Any, Any, Any]:
+        per_rank, _, per_expert, in_rank, _ = self.get_dispatch_layout(
+            topk_idx, num_experts, previous_event, async_finish
+        )
         return per_rank, per_expert, in_rank
 
     def combine(

@@ -319,6 +319,10 @@ class MpiGroup:
         """Begin to receive a message of a rank of this group; return mpi4py's request."""
         return self._private.comm.Irecv(memory, source=self._ranks[rank], tag=self._tag)
 
+    def poll(self) -> None:
+        """Let MPI move on whatever is under way."""
+        self._private.comm.Iprobe(tag=self._tag)
+
 
 class _PrivateComm:
     """epcomm's duplicate of a communicator, kept with it, and what its groups share."""

@@ -134,6 +134,12 @@ class RailLink:
         """Let MPI move on what is under way."""
         if self._current is not None:
             self._current.progress()
+        else:
+            self.poll()
+
+    def poll(self) -> None:
+        """Let MPI move on what is no longer in hand: it may not have left yet."""
+        self._rail.poll()
 
     def begin_send(self, node: int, memory: Bytes, phase: str) -> Any:
         """Begin to send to the rail peer in a node; return the request."""
@@ -221,7 +227,7 @@ class Transfer:
         slot: Bytes = self._receive_slots[i % len(self._receive_slots)]
         return slot
 
-    def receive(self, pump: Callable[[], object] | None = None) -> Bytes:
+    def receive(self, pump: Callable[[], None] | None = None) -> Bytes:
         """Wait for the next message; return its slot, valid until it is released.
 
         Args:
@@ -292,6 +298,8 @@ class Transfer:
         elif self._posted:
             node = self._to_come[self._num_received].node
             self._link.is_done(self._posted[0], node, self._phase)
+        else:
+            self._link.poll()
 
     def finish(self) -> None:
         """Wait until all that was sent may be overwritten."""

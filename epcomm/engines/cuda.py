@@ -276,11 +276,16 @@ class CudaEngine:
             self._check_combine(request)
             return
         self._check_dispatch(request)
+        if request.layout is not None:
+            layout = request.layout
+            num_experts = layout.num_tokens_per_expert.shape[0]
+            num_local = num_experts // layout.num_tokens_per_rank.shape[0]
+            self._check_experts(num_local * self._group.size)
         self._room.check_tokens(max_tokens, self._form(request, 0).staged)
 
     def fail(self, missed: int) -> None:
-        """See `NodeEngine.fail`: peers' kernels find their abort cells set."""
-        self._room.abort_peers()
+        """See `NodeEngine.fail`: kernels find their abort cells set."""
+        self._room.abort_all()
 
     def check_failed(self, phase: str) -> None:
         """See `NodeEngine.check_failed`."""
@@ -434,10 +439,12 @@ class CudaEngine:
             is_64_bit = int(topk.idx.dtype.itemsize == 8)
         num_tokens, num_ranks = request.data.shape[0], self._group.size
         self._room.check_tokens(num_tokens, form.staged)
-        # Others' tokens are unknown yet; lists bound them.
-        most_work = max(1, (num_ranks - 1) * self._room.areas.list_tokens)
+        # Others' tokens are unknown yet, but for parts; lists bound them.
+        most_work = (num_ranks - 1) * self._room.areas.list_tokens
+        if request.into is not None:
+            most_work = request.into.data.shape[0]
         # Kept here as well, for where the call fails while the kernel runs.
-        self._tables = tables = _make_tables(num_tokens, num_ranks, most_work)
+        self._tables = tables = _make_tables(num_tokens, num_ranks, max(1, most_work))
         ticket = next(self._tickets)
         params = cuda_params.pack(
             cuda_params.ROUTE,
@@ -475,11 +482,14 @@ class CudaEngine:
             if cuda_failures.ends_call(int(failure)):
                 self._wait_call()
                 self._raise_failures()
+            self._group.check()
             return False
 
         # The device's own deadline comes first; this one is for a device that does not answer.
         if not poll_until(is_known, Deadline(2 * self._timeout_s + 10)):
-            raise CommTimeout("dispatch: counts", self._group.rank, [], self._timeout_s)
+            raise CommTimeout(
+                "dispatch: counts", self._names[self._group.rank], [], self._timeout_s
+            )
         return int(summary["num_recv"]), int(summary["max_tokens"])
 
     def _expert_counts(self, request: DispatchRequest, num_experts: int) -> list[int]:

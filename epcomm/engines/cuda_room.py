@@ -65,8 +65,8 @@ class Room:
         self._use(self.areas.merged_with(needed))
         old.close(is_collective=True)
 
-    def abort_peers(self) -> None:
-        """Make all kernels of the peers that wait fail, now and later: this rank has given up."""
+    def abort_all(self) -> None:
+        """Make all kernels that wait fail, now and later, here as well: this rank has given up."""
         import cupy
 
         runtime, rank = cupy.cuda.runtime, self._group.rank
@@ -75,12 +75,11 @@ class Room:
         with cupy.cuda.Device(self._device):
             # A stream of its own: others may hold kernels that wait.
             stream = cupy.cuda.Stream(non_blocking=True)
-            for peer, base in enumerate(self.slabs.ptrs):
-                if peer != rank:
-                    runtime.memcpyAsync(
-                        *(base + offset, word.ctypes.data, word.nbytes),
-                        *(runtime.memcpyHostToDevice, stream.ptr),
-                    )
+            for base in self.slabs.ptrs:
+                runtime.memcpyAsync(
+                    *(base + offset, word.ctypes.data, word.nbytes),
+                    *(runtime.memcpyHostToDevice, stream.ptr),
+                )
             stream.synchronize()
 
     def refusal(self, needed: Areas) -> InvalidArgument:

@@ -25,6 +25,7 @@ class DeviceCopies:
         self._device = device
         with self.active():
             self.comm_stream: Any = cupy.cuda.Stream(non_blocking=True)
+        self._pool = cupy.cuda.MemoryPool()
 
     def active(self) -> AbstractContextManager[Any]:
         """See `Copies.active`."""
@@ -57,6 +58,10 @@ class DeviceCopies:
     def new_stream(self) -> Any:
         """See `RowCopies.new_stream`."""
         return cupy.cuda.Stream(non_blocking=True)
+
+    def empty_in_pool(self, num_bytes: int) -> Any:
+        """See `RowCopies.empty_in_pool`."""
+        return self._pool.malloc(num_bytes)
 
     def bytes_on_device(self, num_bytes: int) -> Any:
         """See `RowCopies.bytes_on_device`: an allocation of its own, which MPI may register."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -46,6 +47,7 @@ from epcomm.engines.host import make_layout
 from epcomm.engines.rail_routes import RailRoutes
 from epcomm.engines.sections import Sections
 from epcomm.engines.staged import Copies
+from epcomm.errors import TransportError
 from epcomm.rail_link import Bytes, Message, RailLink, Transfer, Window, empty_bytes
 from epcomm.topology import Topology
 
@@ -60,6 +62,13 @@ class RowCopies(Copies, Protocol):
 
     def new_stream(self) -> Any:
         """Return a stream, with its handle as ``ptr``."""
+        ...
+
+    def empty_in_pool(self, num_bytes: int) -> Any:
+        """As `empty_on_device`, of a pool: what comes back is given out again at once.
+
+        So whoever asks orders what it does behind all earlier uses.
+        """
         ...
 
     def bytes_on_device(self, num_bytes: int) -> Bytes:
@@ -135,9 +144,10 @@ class DeviceMoves:
 
     def empty(self, num_bytes: int) -> Bytes:
         """See `Moves.empty`: pinned memory, or the GPU's."""
-        if self._has_device_pointers:
-            return self._copies.bytes_on_device(num_bytes)
-        return self._copies.empty_on_host(num_bytes)
+        with self._copies.active():
+            if self._has_device_pointers:
+                return self._copies.bytes_on_device(num_bytes)
+            return self._copies.empty_on_host(num_bytes)
 
     def empty_on_host(self, num_bytes: int) -> Bytes | None:
         """See `Moves.empty_on_host`."""
@@ -177,11 +187,16 @@ class DeviceMoves:
             name: self._view(ptr + sections.offset(name), *sections.spec[name]) for name in names
         }
 
-    def _upload(self, array: npt.NDArray[Any]) -> ArrayView:
-        memory = self._copies.empty_on_device(max(1, array.nbytes))
-        view = self._view(memory.ptr, array.shape, array.dtype, memory)
-        self.put(array, view)
-        return view
+    def _upload(self, arrays: dict[str, npt.NDArray[Any]]) -> _Rows:
+        """Copy arrays to the GPU, all in one piece of memory."""
+        sections = Sections({name: (array.shape, array.dtype) for name, array in arrays.items()})
+        packed = np.empty(sections.end, np.uint8)
+        for name, array in arrays.items():
+            sections.view(packed, name)[...] = array
+        memory = self._copies.empty_in_pool(max(1, sections.end))
+        self.put(packed, self._view(memory.ptr, packed.shape, packed.dtype))
+        views = self._rows_at(memory.ptr, sections, list(arrays))
+        return {name: view._replace(owner=memory) for name, view in views.items()}
 
     def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
         """See `Moves.put`; waits, as the array may go."""
@@ -223,20 +238,13 @@ class DeviceMoves:
         assert in_rank is not None
         return LayoutViews(per_rank, per_node, per_expert, in_rank)
 
-    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, TopK | None]:
+    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, ArrayView | None]:
         """See `Moves.fetch`."""
-        per_rank, per_expert, in_rank, *choices = (
-            view_numpy(array)
-            for array in self._fetch(
-                [
-                    layout.num_tokens_per_rank,
-                    layout.num_tokens_per_expert,
-                    layout.is_token_in_rank,
-                    *(topk or ()),
-                ]
-            )
-        )
-        return LayoutViews(per_rank, None, per_expert, in_rank), TopK(*choices) if topk else None
+        wanted = [layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank]
+        if topk is not None:
+            wanted.append(topk.idx)
+        per_rank, per_expert, in_rank, *choices = map(view_numpy, self._fetch(wanted))
+        return LayoutViews(per_rank, None, per_expert, in_rank), choices[0] if choices else None
 
     def check(self, request: DispatchRequest | CombineRequest, max_tokens: int = 0) -> None:
         """See `Moves.check`."""
@@ -252,8 +260,14 @@ class DeviceMoves:
             streams.wait(stream.ptr, begun)
         try:
             yield
+        except BaseException as error:
+            if not isinstance(error, TransportError):  # of which the node has been told
+                self._engine.fail(self._topology.rank)
+            # Nobody may use memory that kernels of a call which has failed still write.
+            self._copies.synchronize(self._engine.call_stream())
+            raise
         finally:
-            # Whatever happened, nobody else may use this memory while it is copied.
+            # Nor while it is copied.
             for stream in (self._to_host, self._to_device):
                 self._copies.synchronize(stream.ptr)
 
@@ -268,7 +282,7 @@ class DeviceMoves:
         """Send all messages of a round to one node, and receive all from another."""
         to_fill, filling, emptying = deque(sends), deque[tuple[Any, int]](), deque[Any]()
 
-        def pump() -> bool:
+        def pump() -> None:
             while emptying and emptying[0].done:
                 emptying.popleft()
                 transfer.release()
@@ -278,17 +292,22 @@ class DeviceMoves:
                 piece = to_fill.popleft()
                 piece.copy(transfer.next_send_slot())
                 filling.append((streams.record(self._to_host.ptr), piece.num_bytes))
-            return not (to_fill or filling)
 
         def has_room() -> bool:
             pump()
             return transfer.num_free > 0
 
+        def has_fewer(num_left: int) -> bool:
+            pump()
+            return len(to_fill) + len(filling) < num_left
+
         for piece in receives:
             transfer.wait(has_room, source)
             piece.copy(transfer.receive(pump))
             emptying.append(streams.record(self._to_device.ptr))
-        transfer.wait(pump, to)
+        while to_fill or filling:
+            # Each message has a deadline of its own.
+            transfer.wait(partial(has_fewer, len(to_fill) + len(filling)), to)
         transfer.finish()
         for event in emptying:
             event.synchronize()
@@ -396,7 +415,7 @@ class DeviceMoves:
             request._replace(
                 data=rows["data"],
                 scales=rows.get("scales"),
-                layout=part.layout,
+                layout=None if part.handle else part.layout,
                 topk=_topk_of(rows),
                 handle=part.handle,
                 expert_alignment=1,
@@ -405,8 +424,7 @@ class DeviceMoves:
             )
         )
         self._copy_runs(part, into, outputs)
-        if part.handle is None:
-            part.handle, part.layout = result.handle, None
+        part.handle = result.handle
         return np.array(result.num_recv_tokens_per_expert, np.int64)
 
     # --- combine -------------------------------------------------------------------------------

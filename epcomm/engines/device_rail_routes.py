@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from epcomm.handle import DispatchHandle
 from epcomm.routing import Ints
 from epcomm.topology import Topology
 
-#: Copies an array to the GPU; the view owns the memory there.
-Upload = Callable[[npt.NDArray[np.generic]], ArrayView]
+#: Copies arrays to the GPU; each view owns the memory there.
+Upload = Callable[[dict[str, npt.NDArray[Any]]], dict[str, ArrayView]]
 
 
 class Run(NamedTuple):
@@ -35,13 +35,13 @@ class Part:
         num_rows: Rows of the rail peer that come here; of this rank, all its tokens.
         runs: Where the rows of the node's ranks lie among all that arrive here: one run where these
             ranks are neighbours.
-        layout: Of the rail peer's rows inside this node; None once there is a handle.
+        layout: Of the rail peer's rows inside this node.
         handle: What the node's engine returned for them.
     """
 
     num_rows: int
     runs: list[Run]
-    layout: LayoutViews | None
+    layout: LayoutViews
     handle: DispatchHandle | None = None
 
     @property
@@ -97,26 +97,39 @@ def make_device_routes(
         places[crossed, i] = num_sums + np.arange(len(crossed))
         first_sums[node] = num_sums
         num_sums += len(crossed)
-    parts = []
+    masks = [
+        routes.in_node[node] if node == own else routes.in_node[node][routes.incoming[node]]
+        for node in nodes
+    ]
+    arrays: dict[str, npt.NDArray[Any]] = {"places": places}
     for node in nodes:
-        mask = routes.in_node[node]
-        if node != own:
-            mask = mask[routes.incoming[node]]
-        layout = LayoutViews(
-            num_tokens_per_rank=upload(mask.sum(axis=0, dtype=np.int32)),
-            num_tokens_per_node=None,
-            num_tokens_per_expert=upload(pairs[node]),
-            is_token_in_rank=upload(mask),
-        )
-        runs = find_runs(topology.ranks_of(node), routes.num_arriving)
-        parts.append(Part(len(mask), runs, layout))
+        arrays |= {
+            f"outgoing {node}": routes.outgoing[node].astype(np.int64),
+            f"numbers {node}": node_experts(topology, num_experts, node),
+            f"per rank {node}": masks[node].sum(axis=0, dtype=np.int32),
+            f"per expert {node}": pairs[node],
+            f"mask {node}": masks[node],
+        }
+    views = upload(arrays)
     return DeviceRoutes(
-        parts=parts,
-        outgoing=[upload(tokens.astype(np.int64)) for tokens in routes.outgoing],
-        numbers=[upload(node_experts(topology, num_experts, node)) for node in nodes],
+        parts=[
+            Part(
+                num_rows=len(masks[node]),
+                runs=find_runs(topology.ranks_of(node), routes.num_arriving),
+                layout=LayoutViews(
+                    num_tokens_per_rank=views[f"per rank {node}"],
+                    num_tokens_per_node=None,
+                    num_tokens_per_expert=views[f"per expert {node}"],
+                    is_token_in_rank=views[f"mask {node}"],
+                ),
+            )
+            for node in nodes
+        ],
+        outgoing=[views[f"outgoing {node}"] for node in nodes],
+        numbers=[views[f"numbers {node}"] for node in nodes],
         first_sums=first_sums,
         num_sums=num_sums,
-        places=upload(places),
+        places=views["places"],
     )
 
 

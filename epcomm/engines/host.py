@@ -156,10 +156,11 @@ class HostEngine:
         mask = layout.is_token_in_rank.numpy()
         per_rank = layout.num_tokens_per_rank.numpy()
         per_expert = layout.num_tokens_per_expert.numpy()
-        check_layout(mask, per_rank, per_expert, request.topk)
-        if request.into is None:  # a part's counts are those of the whole
-            check_pairs(request.topk, per_expert)
         topk = request.topk
+        choices = None if topk is None else topk.idx
+        check_layout(mask, per_rank, per_expert, choices)
+        if request.into is None:  # a part's counts are those of the whole
+            check_pairs(choices, per_expert)
         values = {
             **row_values(request),
             "num_topk": topk.idx.shape[1] if topk else 0,
@@ -547,7 +548,7 @@ def check_layout(
     mask: routing.Bools,
     per_rank: npt.NDArray[np.int32],
     per_expert: npt.NDArray[np.int32],
-    topk: TopK | None,
+    choices: ArrayView | None,
 ) -> None:
     """Raise InvalidArgument unless layout arrays and choices fit each other."""
     true_counts = mask.sum(axis=0)
@@ -556,15 +557,15 @@ def check_layout(
             f"num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank has "
             f"{true_counts.tolist()} tokens a rank; pass both from one get_dispatch_layout."
         )
-    if topk is not None:
-        _check_expert_ids(topk.idx.numpy(), len(per_expert))
+    if choices is not None:
+        _check_expert_ids(choices.numpy(), len(per_expert))
 
 
-def check_pairs(topk: TopK | None, per_expert: npt.NDArray[np.int32]) -> None:
+def check_pairs(choices: ArrayView | None, per_expert: npt.NDArray[np.int32]) -> None:
     """Raise InvalidArgument unless choices are those that a layout was made of."""
-    if topk is None:
+    if choices is None:
         return
-    idx = topk.idx.numpy()
+    idx = choices.numpy()
     pairs = np.bincount(idx[idx >= 0], minlength=len(per_expert))
     wrong = np.flatnonzero(pairs != per_expert)
     if len(wrong):

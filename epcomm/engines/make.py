@@ -23,7 +23,7 @@ class EngineSetup:
     Attributes:
         device: Where all arrays of calls are.
         num_bytes: Bytes to reserve for throughput calls inside a node.
-        num_further_bytes: The same for low-latency calls, or for rows between nodes.
+        num_rdma_bytes: The same for low-latency calls, or for rows between nodes.
         can_mask: Whether low-latency calls mask ranks that do not answer.
         num_sms: Gives the multiprocessors of a call without a config.
         shm_dir: Folder for shared memory files, or None for memory without a name.
@@ -33,7 +33,7 @@ class EngineSetup:
 
     device: Device
     num_bytes: int
-    num_further_bytes: int
+    num_rdma_bytes: int
     can_mask: bool
     num_sms: Callable[[], int]
     shm_dir: str | None
@@ -68,7 +68,7 @@ def _make_host(group: Group, setup: EngineSetup, names: Sequence[int] | None = N
         group,
         Topology(group.rank, (0,) * group.size),
         num_bytes=setup.num_bytes,
-        num_low_latency_bytes=setup.num_further_bytes,
+        num_low_latency_bytes=setup.num_rdma_bytes,
         shm_dir=setup.shm_dir,
         timeout_s=setup.timeout_s,
         can_mask=setup.can_mask,
@@ -84,7 +84,7 @@ def _make_cuda(group: Group, setup: EngineSetup, names: Sequence[int] | None = N
         group,
         device=setup.device.index,
         num_bytes=setup.num_bytes,
-        num_low_latency_bytes=setup.num_further_bytes,
+        num_low_latency_bytes=setup.num_rdma_bytes,
         can_mask=setup.can_mask,
         num_sms=setup.num_sms,
         timeout_s=setup.timeout_s,
@@ -95,9 +95,7 @@ def _make_cuda(group: Group, setup: EngineSetup, names: Sequence[int] | None = N
 
 def _make_rails(name: str, group: Group, topology: Topology, setup: EngineSetup) -> Engine:
     # Inside a node waits last longer, and there are no low-latency calls.
-    in_node = replace(
-        setup, num_further_bytes=0, can_mask=False, timeout_s=setup.timeout_s + GRACE_S
-    )
+    in_node = replace(setup, num_rdma_bytes=0, can_mask=False, timeout_s=setup.timeout_s + GRACE_S)
 
     def make_node_engine(node_group: Group, names: Sequence[int]) -> NodeEngine:
         make = _make_cuda if name == "cuda" else _make_host
@@ -117,7 +115,7 @@ def _make_rails(name: str, group: Group, topology: Topology, setup: EngineSetup)
         topology,
         make_node_engine,
         make_moves,
-        num_bytes=setup.num_further_bytes,
+        num_bytes=setup.num_rdma_bytes,
         timeout_s=setup.timeout_s,
         buffer_id=setup.buffer_id,
     )

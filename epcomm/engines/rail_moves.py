@@ -68,9 +68,9 @@ class HostMoves:
         """See `Moves.make_layout`."""
         return make_layout(topk_idx, num_experts, self._topology, allocate)
 
-    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, TopK | None]:
+    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, ArrayView | None]:
         """See `Moves.fetch`: it is there."""
-        return layout, topk
+        return layout, None if topk is None else topk.idx
 
     def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
         """See `Moves.put`."""

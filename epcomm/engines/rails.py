@@ -94,8 +94,8 @@ class Moves(Protocol):
         """See `Engine.make_layout`."""
         ...
 
-    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, TopK | None]:
-        """Return the same in memory of the host, without the tokens by node."""
+    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, ArrayView | None]:
+        """Return the layout, but for tokens by node, and the choices in memory of the host."""
         ...
 
     def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
@@ -188,8 +188,10 @@ class RailsEngine:
         self._buffer_id = buffer_id
         self._num_dispatches = 0
         self._broken = ""
+        #: Whether the call in hand has come to where ranks wait for what this one sends.
+        self._is_sending = False
         index = self._ranks.index(topology.rank)
-        self._node_group = _NodeGroup(topology.split_by_node(group), self._progress)
+        self._node_group = _NodeGroup(topology.split_by_node(group), self._ranks, self._progress)
         self._rail_group = group.split(index)
         self._engine = make_engine(self._node_group, self._ranks)
         self._moves = make_moves(self._engine)
@@ -271,11 +273,12 @@ class RailsEngine:
                 f"{call.name}: an earlier call on this Buffer failed ({self._broken}). Destroy "
                 "this Buffer on every rank and make a new one."
             )
+        self._is_sending = False
         try:
             yield
-        except (InvalidArgument, RankMismatch):
-            raise  # before anything was sent
         except BaseException as error:
+            if isinstance(error, (InvalidArgument, RankMismatch)) and not self._is_sending:
+                raise
             self._broken = str(error).partition(". ")[0] or type(error).__name__
             raise
 
@@ -329,8 +332,7 @@ class RailsEngine:
                 mine, timeout_s=self._timeout_s + GRACE_S, phase="rails: arrival in the node"
             )
         except CommTimeout as error:
-            peers = [self._ranks[index] for index in error.peers]
-            raise CommTimeout(phase, self._topology.rank, peers, error.timeout_s) from None
+            raise CommTimeout(phase, error.rank, error.peers, error.timeout_s) from None
 
     # --- dispatch ------------------------------------------------------------------------------
 
@@ -345,12 +347,13 @@ class RailsEngine:
     def _dispatch_first(self, request: DispatchRequest) -> DispatchResult:
         self._moves.check(request)
         assert request.layout is not None  # the Buffer gives it or a handle
-        layout, topk = self._moves.fetch(request.layout, request.topk)
+        layout, choices = self._moves.fetch(request.layout, request.topk)
         mask = layout.is_token_in_rank.numpy()
         per_rank = layout.num_tokens_per_rank.numpy()
         per_expert = layout.num_tokens_per_expert.numpy()
-        check_layout(mask, per_rank, per_expert, topk)
-        check_pairs(topk, per_expert)
+        check_layout(mask, per_rank, per_expert, choices)
+        check_pairs(choices, per_expert)
+        topk = request.topk
         values = {
             **row_values(request),
             "num_topk": topk.idx.shape[1] if topk else 0,
@@ -365,6 +368,7 @@ class RailsEngine:
         said, counts = self._agree(_DISPATCH, values, per_rank)
         self._moves.check(request, int(said["num_tokens"].max()))
         check_worst_tokens(counts.sum(axis=0), said["num_worst_tokens"])
+        self._is_sending = True
         in_node, pairs = self._exchange_routes(mask, per_expert, said["num_tokens"])
         routes = make_routes(
             *(self._topology, mask, in_node, said["num_tokens"]),
@@ -397,6 +401,7 @@ class RailsEngine:
             "num_in_flight": request.chunks.num_in_flight,
         }
         self._agree(_DISPATCH_AGAIN, values)
+        self._is_sending = True
         out = _allocate_outputs(request, handle.num_recv_rows)
         self._moves.dispatch(self._link, request, handle.routing, None, out)
         return DispatchResult(out.data, out.scales, None, [], handle)
@@ -463,6 +468,7 @@ class RailsEngine:
         with self._calling(_COMBINE):
             self._moves.check(request)
             self._agree(_COMBINE, values)
+            self._is_sending = True
             num_tokens = request.handle.num_tokens
             out = CombineResult(
                 request.allocate((num_tokens, data.shape[1]), data.dtype),
@@ -505,10 +511,17 @@ class RailsEngine:
 
 
 class _NodeGroup:
-    """The ranks of a node; MPI between nodes moves on while they wait for each other."""
+    """The ranks of a node; MPI between nodes moves on while they wait for each other.
 
-    def __init__(self, group: Group, progress: Callable[[], None]) -> None:
+    Args:
+        group: The ranks.
+        names: Their numbers in the whole group, for errors.
+        progress: Lets MPI move on.
+    """
+
+    def __init__(self, group: Group, names: Sequence[int], progress: Callable[[], None]) -> None:
         self._group = group
+        self._names = names
         self._progress = progress
         self.rank = group.rank
         self.size = group.size
@@ -517,11 +530,16 @@ class _NodeGroup:
         self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
     ) -> list[Any]:
         """See `Group.allgather`."""
-        return self._group.allgather(obj, timeout_s=timeout_s, phase=phase)
+        try:
+            return self._group.allgather(obj, timeout_s=timeout_s, phase=phase)
+        except CommTimeout as error:
+            peers = [self._names[index] for index in error.peers]
+            me = self._names[error.rank]
+            raise CommTimeout(error.phase, me, peers, error.timeout_s) from None
 
     def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
         """See `Group.barrier`."""
-        self._group.barrier(timeout_s=timeout_s, phase=phase)
+        self.allgather(None, timeout_s=timeout_s, phase=phase)
 
     def split(self, color: int) -> Group:
         """See `Group.split`."""

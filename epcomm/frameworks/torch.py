@@ -142,7 +142,8 @@ class TorchFramework:
         """Compare with what the tensor says now."""
         tensor = view.owner
         is_there = tensor.data_ptr() == view.ptr and tensor.shape == view.shape
-        return bool(is_there and tensor.is_contiguous())
+        is_alike = tensor.dtype == _TORCH_OF_NUMPY[view.dtype] and tensor.is_contiguous()
+        return bool(is_there and is_alike)
 
     def finish(self, view: ArrayView) -> Any:
         """Return the tensor."""

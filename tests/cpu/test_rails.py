@@ -99,6 +99,16 @@ def test_rows_on_gpus_take_what_is_planned(
     )
 
 
+def test_ranks_of_nodes_in_turn_with_rows_on_gpus(mpiexec: Mpiexec) -> None:
+    mpiexec("fake_gpu", 4, "torch", "--rails", "contract_rails")
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(3, 1), (4, 2)])
+def test_chunks_with_rows_on_gpus(mpiexec: Mpiexec, num_ranks: int, ranks_per_node: int) -> None:
+    arguments = ("torch", "--rails", "contract_rails")
+    between_nodes(mpiexec, "fake_gpu", num_ranks, ranks_per_node, *arguments)
+
+
 @pytest.mark.parametrize("place", ["rows", "sums"])
 @pytest.mark.parametrize("what", ["slow", "stuck"])
 def test_late_node_with_rows_on_gpus(mpiexec: Mpiexec, what: str, place: str) -> None:

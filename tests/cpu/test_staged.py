@@ -143,6 +143,27 @@ def test_a_previous_event_of_another_stream_is_waited_for(frame: Any, buffer: Bu
     assert event.event is None
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_layout_made_in_dispatch_waits_for_the_event(
+    frame: Any, buffer: Buffer, is_async: bool
+) -> None:
+    other, values = fake_gpu.FakeStream(), np.ones((5, HIDDEN), np.float32)
+    idx, weights = choices(5)
+    late = np.zeros_like(idx)
+    other.add(lambda: np.copyto(late, idx))
+    ready = EventOverlap(EventHandle.of(streams.record(other.ptr), streams.current_stream))
+    *_, counts, _, event = buffer.dispatch(
+        values,
+        topk_idx=late,
+        topk_weights=weights,
+        num_experts=NUM_EXPERTS,
+        previous_event=ready,
+        async_finish=is_async,
+    )
+    event.current_stream_wait()
+    assert counts == [2, 1, 1, 1]
+
+
 def test_statistics_add_up_whatever_stream_calls_run_on(frame: Any, buffer: Buffer) -> None:
     stats = np.zeros(NUM_EXPERTS, np.int32)
     idx, _ = choices(5)

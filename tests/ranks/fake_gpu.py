@@ -191,6 +191,10 @@ class FakeRowCopies(FakeCopies):
         """See `RowCopies.new_stream`."""
         return FakeStream()
 
+    def empty_in_pool(self, num_bytes: int) -> Any:
+        """See `RowCopies.empty_in_pool`."""
+        return self.empty_on_device(num_bytes)
+
     def bytes_on_device(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """See `RowCopies.bytes_on_device`."""
         return poison(np.empty(num_bytes, np.uint8))
