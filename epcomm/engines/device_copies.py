@@ -13,7 +13,7 @@ from epcomm.arrays import ArrayView
 
 
 class DeviceCopies:
-    """See `epcomm.engines.staged.Copies` and `epcomm.engines.device_rail_moves.RowCopies`.
+    """See `epcomm.engines.staged.Copies` and `epcomm.engines.row_copies.RowCopies`.
 
     Pinned memory comes from CuPy's pool, which keeps what is given back for the next call.
 

@@ -15,10 +15,9 @@ earliest round can go on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from epcomm import streams
 from epcomm.arrays import ArrayView, Device, packed_strides, view_numpy
 from epcomm.engines.base import (
     Allocate,
+    Chunks,
     CombineRequest,
     CombineResult,
     DispatchInto,
@@ -36,83 +36,25 @@ from epcomm.engines.base import (
     NodeEngine,
     TopK,
 )
+from epcomm.engines.device_exchange import Exchange, Piece
 from epcomm.engines.device_rail_routes import (
     DeviceRoutes,
     Part,
     Run,
-    chunks_of,
     make_device_routes,
 )
 from epcomm.engines.host import make_layout
 from epcomm.engines.rail_routes import RailRoutes
+from epcomm.engines.row_copies import RowCopies
 from epcomm.engines.sections import Sections
-from epcomm.engines.staged import Copies
 from epcomm.errors import TransportError
-from epcomm.rail_link import Bytes, Message, RailLink, Transfer, Window, empty_bytes
+from epcomm.rail_link import Bytes, Message, RailLink, Window, empty_bytes
 from epcomm.topology import Topology
 
 _UINT8 = np.dtype(np.uint8)
 
 #: Arrays on the GPU, row i of all of them being of one token.
 _Rows = dict[str, ArrayView]
-
-
-class RowCopies(Copies, Protocol):
-    """Copies to and from a GPU, and what moves rows on it."""
-
-    def new_stream(self) -> Any:
-        """Return a stream, with its handle as ``ptr``."""
-        ...
-
-    def empty_in_pool(self, num_bytes: int) -> Any:
-        """As `empty_on_device`, of a pool: what comes back is given out again at once.
-
-        So whoever asks orders what it does behind all earlier uses.
-        """
-        ...
-
-    def bytes_on_device(self, num_bytes: int) -> Bytes:
-        """Return memory of the GPU as an array that MPI takes."""
-        ...
-
-    def address(self, memory: Bytes) -> int:
-        """Return the address of pinned memory, or of what `bytes_on_device` gave."""
-        ...
-
-    def copy(self, source: int, to: int, num_bytes: int, stream: int) -> None:
-        """Queue the copy from one address to another, of the GPU or of pinned memory."""
-        ...
-
-    def set_bits(self, ptr: int, num_bytes: int, stream: int) -> None:
-        """Queue what sets every bit of some memory of the GPU."""
-        ...
-
-    def gather(self, rows: ArrayView, idx: ArrayView, to: int, stream: int) -> None:
-        """Queue the copy of ``rows[idx]``, row-major, to an address.
-
-        Args:
-            rows: ``[n, width]`` of any strides.
-            idx: ``[m] int64``.
-            to: The address.
-            stream: Handle of the stream.
-        """
-        ...
-
-    def look_up(self, table: ArrayView, idx: ArrayView, stream: int) -> None:
-        """Queue what replaces each i of a contiguous array by ``table[i]``, -1 by the last."""
-        ...
-
-
-class _Piece(NamedTuple):
-    """One message of an exchange.
-
-    Attributes:
-        num_bytes: Its size.
-        copy: Queues its copy into a slot, or out of one.
-    """
-
-    num_bytes: int
-    copy: Callable[[Bytes], None]
 
 
 class DeviceMoves:
@@ -139,6 +81,7 @@ class DeviceMoves:
         self._copies, self._device = copies, device
         with copies.active():
             self._to_host, self._to_device = copies.new_stream(), copies.new_stream()
+        self._exchange = Exchange(self._to_host.ptr, self._to_device.ptr)
         #: Staging memory by its use, and its bytes.
         self._staging: dict[str, tuple[Any, int]] = {}
 
@@ -271,48 +214,6 @@ class DeviceMoves:
             for stream in (self._to_host, self._to_device):
                 self._copies.synchronize(stream.ptr)
 
-    def _exchange(
-        self,
-        transfer: Transfer,
-        to: int,
-        sends: Sequence[_Piece],
-        source: int,
-        receives: Sequence[_Piece],
-    ) -> None:
-        """Send all messages of a round to one node, and receive all from another."""
-        to_fill, filling, emptying = deque(sends), deque[tuple[Any, int]](), deque[Any]()
-
-        def pump() -> None:
-            while emptying and emptying[0].done:
-                emptying.popleft()
-                transfer.release()
-            while filling and filling[0][0].done:
-                transfer.send(to, filling.popleft()[1])
-            while to_fill and transfer.can_send():
-                piece = to_fill.popleft()
-                piece.copy(transfer.next_send_slot())
-                filling.append((streams.record(self._to_host.ptr), piece.num_bytes))
-
-        def has_room() -> bool:
-            pump()
-            return transfer.num_free > 0
-
-        def has_fewer(num_left: int) -> bool:
-            pump()
-            return len(to_fill) + len(filling) < num_left
-
-        for piece in receives:
-            transfer.wait(has_room, source)
-            piece.copy(transfer.receive(pump))
-            emptying.append(streams.record(self._to_device.ptr))
-        while to_fill or filling:
-            # Each message has a deadline of its own.
-            transfer.wait(partial(has_fewer, len(to_fill) + len(filling)), to)
-        transfer.finish()
-        for event in emptying:
-            event.synchronize()
-            transfer.release()
-
     # --- dispatch ------------------------------------------------------------------------------
 
     def dispatch(
@@ -325,75 +226,68 @@ class DeviceMoves:
     ) -> npt.NDArray[np.int64]:
         """See `Moves.dispatch`."""
         topology, stream = self._topology, self._engine.call_stream()
-        before, after = topology.nodes_before(), topology.nodes_after()
         if pairs is not None:
-            assert request.layout is not None
+            assert request.layout is not None  # the Buffer gives it or a handle
             num_experts = request.layout.num_tokens_per_expert.shape[0]
             routes.on_device = make_device_routes(
                 topology, routes, pairs, num_experts, self._upload
             )
         known: DeviceRoutes = routes.on_device
         inputs, outputs = _inputs_of(request), _outputs_of(out)
-        num_chunk_rows = routes.num_chunk_tokens
-        most = max(known.parts[node].num_rows for node in before)
-        longest = max(most, *(len(routes.outgoing[node]) for node in after))
-        largest = _sections(inputs, min(num_chunk_rows, longest)).end
-        gathered = self._stage("gathered", largest)
-        received = [self._stage(f"received {i}", _sections(inputs, most).end) for i in range(2)]
+        gathered = self._stage("gathered", _sections(inputs, known.longest_chunk).end)
+        largest = _sections(inputs, self._most_coming(known)).end
+        halves = [self._stage(f"received {i}", largest) for i in range(2)]
         self._stage_parts(known, outputs)
         own = self._own_rows(known, inputs)
-
-        def piece_to(node: int, run: Run) -> _Piece:
-            sections = _sections(inputs, run.num_rows)
-
-            def copy(slot: Bytes) -> None:
-                rows = self._rows_at(gathered, sections, list(inputs))
-                tokens = _rows_of(known.outgoing[node], run)
-                for name, view in inputs.items():
-                    self._copies.gather(view, tokens, rows[name].ptr, self._to_host.ptr)
-                if "topk_idx" in rows:
-                    table = known.numbers[node]
-                    self._copies.look_up(table, rows["topk_idx"], self._to_host.ptr)
-                at = self._copies.address(slot)
-                self._copies.copy(gathered, at, sections.end, self._to_host.ptr)
-
-            return _Piece(sections.end, copy)
-
-        def piece_from(rows: _Rows, run: Run) -> _Piece:
-            return self._piece_into({name: _rows_of(view, run) for name, view in rows.items()})
-
-        incoming = {node: chunks_of(known.parts[node].num_rows, num_chunk_rows) for node in before}
-        messages = [
-            Message(node, _sections(inputs, run.num_rows).end)
-            for node in before
-            for run in incoming[node]
-        ]
-        depth = request.chunks.num_in_flight
-        window = Window(largest, depth, depth)
+        window = _window(inputs, known, request.chunks)
+        messages = self._messages(inputs, known.coming)
         with link.transfer("dispatch: rows", window, messages) as transfer, self._copying():
             counts = self._spread(known.parts[topology.node], request, own, outputs)
-            done: list[Any] = [None, None]
-            for k, (to, source) in enumerate(zip(after, before, strict=True)):
-                if done[k % 2] is not None:
-                    streams.wait(self._to_device.ptr, done[k % 2])
+            spread: deque[Any] = deque(maxlen=len(halves))
+            for k, (to, source) in enumerate(self._rounds()):
+                if len(spread) == len(halves):
+                    streams.wait(self._to_device.ptr, spread[0])
                 part = known.parts[source]
-                sections = _sections(inputs, part.num_rows)
-                rows = self._rows_at(received[k % 2], sections, list(inputs))
-                runs = chunks_of(len(routes.outgoing[to]), num_chunk_rows)
-                self._exchange(
-                    *(transfer, to, [piece_to(to, run) for run in runs]),
-                    *(source, [piece_from(rows, run) for run in incoming[source]]),
+                rows = self._rows_at(halves[k % 2], _sections(inputs, part.num_rows), list(inputs))
+                self._exchange.run(
+                    *(transfer, to),
+                    [self._gathering(known, inputs, gathered, to, run) for run in known.going[to]],
+                    source,
+                    [self._filling(_some(rows, run)) for run in known.coming[source]],
                 )
                 streams.wait(stream, streams.record(self._to_device.ptr))
                 counts = counts + self._spread(part, request, rows, outputs)
-                done[k % 2] = streams.record(stream)
+                spread.append(streams.record(stream))
         if out.topk is not None:
-            # With num_worst_tokens rows are left.
-            idx, num_recv = out.topk.idx, int(routes.num_arriving.sum())
-            left = _rows_of(idx, Run(num_recv, idx.shape[0] - num_recv))
-            if left.num_bytes:
-                self._copies.set_bits(left.ptr, left.num_bytes, stream)
+            self._clear_choices(out.topk.idx, int(routes.num_arriving.sum()))
         return counts
+
+    def _most_coming(self, known: DeviceRoutes) -> int:
+        """Return the rows that come from the node of which most do."""
+        return max(known.parts[node].num_rows for node in self._topology.nodes_before())
+
+    def _gathering(
+        self, known: DeviceRoutes, inputs: _Rows, gathered: int, node: int, run: Run
+    ) -> Piece:
+        """Return the message with a chunk of this rank's rows for a node."""
+        sections = _sections(inputs, run.num_rows)
+
+        def copy(slot: Bytes) -> None:
+            stream, rows = self._to_host.ptr, self._rows_at(gathered, sections, list(inputs))
+            tokens = _rows_of(known.outgoing[node], run)
+            for name, view in inputs.items():
+                self._copies.gather(view, tokens, rows[name].ptr, stream)
+            if "topk_idx" in rows:
+                self._copies.look_up(known.numbers[node], rows["topk_idx"], stream)
+            self._copies.copy(gathered, self._copies.address(slot), sections.end, stream)
+
+        return Piece(sections.end, copy)
+
+    def _clear_choices(self, idx: ArrayView, num_rows: int) -> None:
+        """Set the choices behind so many rows to -1."""
+        left = _rows_of(idx, Run(num_rows, idx.shape[0] - num_rows))
+        if left.num_bytes:
+            self._copies.set_bits(left.ptr, left.num_bytes, self._engine.call_stream())
 
     def _own_rows(self, known: DeviceRoutes, inputs: _Rows) -> _Rows:
         """Return this rank's rows, with the experts' numbers in the node."""
@@ -433,50 +327,33 @@ class DeviceMoves:
         self, link: RailLink, request: CombineRequest, routes: RailRoutes, out: CombineResult
     ) -> None:
         """See `Moves.combine`."""
-        topology, stream = self._topology, self._engine.call_stream()
-        before, after = topology.nodes_before(), topology.nodes_after()
+        stream = self._engine.call_stream()
         known: DeviceRoutes = routes.on_device
-        inputs = {"data": request.data}
-        if request.topk_weights is not None:
+        inputs, outputs = {"data": request.data}, {"data": out.data}
+        if request.topk_weights is not None and out.topk_weights is not None:
             inputs["topk_weights"] = request.topk_weights
-        num_chunk_rows = routes.num_chunk_tokens
-        most = max(known.parts[node].num_rows for node in after)
-        sent = self._stage("sums to send", _sections(inputs, most).end)
+            outputs["topk_weights"] = out.topk_weights
+        sent = self._stage("sums to send", _sections(inputs, self._most_coming(known)).end)
         all_sums = _sections(inputs, known.num_sums)
         sums = self._rows_at(self._stage("sums", all_sums.end), all_sums, list(inputs))
         self._stage_parts(known, inputs)
-        coming = {node: chunks_of(len(routes.outgoing[node]), num_chunk_rows) for node in before}
-        messages = [
-            Message(node, _sections(inputs, run.num_rows).end)
-            for node in before
-            for run in coming[node]
-        ]
-
-        def piece_from(source: int, run: Run) -> _Piece:
-            at = Run(known.first_sums[source] + run.first, run.num_rows)
-            return self._piece_into({name: _rows_of(view, at) for name, view in sums.items()})
-
-        longest = max(most, *(len(routes.outgoing[node]) for node in before))
-        depth = request.chunks.num_in_flight
-        window = Window(_sections(inputs, min(num_chunk_rows, longest)).end, depth, depth)
+        window = _window(inputs, known, request.chunks)
+        messages = self._messages(inputs, known.going)
         with link.transfer("combine: rows", window, messages) as transfer, self._copying():
-            for to, source in zip(after, before, strict=True):
-                part = known.parts[to]
+            for to, source in self._rounds():
+                part, first = known.parts[to], known.first_sums[source]
                 rows = self._rows_at(sent, _sections(inputs, part.num_rows), list(inputs))
                 self._sum(part, request, inputs, rows)
                 streams.wait(self._to_host.ptr, streams.record(stream))
-                runs = chunks_of(part.num_rows, num_chunk_rows)
-                self._exchange(
-                    *(transfer, to, [self._piece_of(rows, run) for run in runs]),
-                    *(source, [piece_from(source, run) for run in coming[source]]),
+                runs = [Run(first + run.first, run.num_rows) for run in known.going[source]]
+                self._exchange.run(
+                    *(transfer, to, [self._reading(_some(rows, run)) for run in known.coming[to]]),
+                    *(source, [self._filling(_some(sums, run)) for run in runs]),
                 )
             streams.wait(stream, streams.record(self._to_device.ptr))
-        further = FurtherSums(sums["data"], sums.get("topk_weights"), known.places)
-        part = known.parts[topology.node]
-        outputs = {"data": out.data}
-        if out.topk_weights is not None:
-            outputs["topk_weights"] = out.topk_weights
-        self._sum(part, request, inputs, outputs, request.biases, further)
+            further = FurtherSums(sums["data"], sums.get("topk_weights"), known.places)
+            part = known.parts[self._topology.node]
+            self._sum(part, request, inputs, outputs, request.biases, further)
 
     def _sum(
         self,
@@ -502,21 +379,33 @@ class DeviceMoves:
             )
         )
 
-    def _piece_of(self, rows: _Rows, run: Run) -> _Piece:
-        """Return the message that carries some rows of arrays."""
-        sections = _sections(rows, run.num_rows)
+    # --- both ----------------------------------------------------------------------------------
+
+    def _rounds(self) -> list[tuple[int, int]]:
+        """Return, round by round, the node that is sent to and the one that is received from."""
+        return list(zip(self._topology.nodes_after(), self._topology.nodes_before(), strict=True))
+
+    def _messages(self, rows: _Rows, chunks: Sequence[Sequence[Run]]) -> list[Message]:
+        """Return all messages that come, given their chunks by node."""
+        return [
+            Message(node, _sections(rows, run.num_rows).end)
+            for node in self._topology.nodes_before()
+            for run in chunks[node]
+        ]
+
+    def _reading(self, rows: _Rows) -> Piece:
+        """Return the message that carries arrays, all of them."""
+        sections = _sections(rows, rows["data"].shape[0])
 
         def copy(slot: Bytes) -> None:
             for name, view in rows.items():
-                some, at = _rows_of(view, run), self._copies.address(slot) + sections.offset(name)
-                if some.num_bytes:
-                    self._copies.copy(some.ptr, at, some.num_bytes, self._to_host.ptr)
+                at = self._copies.address(slot) + sections.offset(name)
+                if view.num_bytes:
+                    self._copies.copy(view.ptr, at, view.num_bytes, self._to_host.ptr)
 
-        return _Piece(sections.end, copy)
+        return Piece(sections.end, copy)
 
-    # --- both ----------------------------------------------------------------------------------
-
-    def _piece_into(self, rows: _Rows) -> _Piece:
+    def _filling(self, rows: _Rows) -> Piece:
         """Return the message that fills arrays, all of them."""
         sections = _sections(rows, rows["data"].shape[0])
 
@@ -526,7 +415,7 @@ class DeviceMoves:
                 if view.num_bytes:
                     self._copies.copy(at, view.ptr, view.num_bytes, self._to_device.ptr)
 
-        return _Piece(sections.end, copy)
+        return Piece(sections.end, copy)
 
     def _stage_parts(self, known: DeviceRoutes, rows: _Rows) -> None:
         """Have memory for the parts whose rows do not lie in one piece."""
@@ -537,7 +426,7 @@ class DeviceMoves:
     def _in_one_piece(self, part: Part, rows: _Rows) -> _Rows:
         """Return a part's rows among all that arrive here; memory for them if they are apart."""
         if len(part.runs) == 1:
-            return {name: _rows_of(view, part.runs[0]) for name, view in rows.items()}
+            return _some(rows, part.runs[0])
         sections = _sections(rows, part.num_recv)
         return self._rows_at(self._stage("one part", sections.end), sections, list(rows))
 
@@ -580,6 +469,16 @@ def _rows_of(view: ArrayView, run: Run) -> ArrayView:
     """Return some rows of a row-major array."""
     shape = (run.num_rows, *view.shape[1:])
     return view._replace(ptr=view.ptr + run.first * view.strides[0], shape=shape)
+
+
+def _some(rows: _Rows, run: Run) -> _Rows:
+    """Return some rows of arrays."""
+    return {name: _rows_of(view, run) for name, view in rows.items()}
+
+
+def _window(rows: _Rows, known: DeviceRoutes, chunks: Chunks) -> Window:
+    depth = chunks.num_in_flight
+    return Window(_sections(rows, known.longest_chunk).end, depth, depth)
 
 
 def _sections(rows: _Rows, num_rows: int) -> Sections:

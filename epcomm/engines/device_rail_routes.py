@@ -57,6 +57,8 @@ class DeviceRoutes:
     Attributes:
         parts: By node.
         outgoing: By node, ``[n] int64`` this rank's tokens that go there.
+        going: By node, the chunks in which they do.
+        coming: By node, the chunks in which the rail peer's rows come here.
         numbers: By node, the experts' numbers there, see `node_experts`.
         first_sums: By node, the row of its first sum when all other nodes' are there.
         num_sums: Rows of all other nodes' sums.
@@ -66,10 +68,18 @@ class DeviceRoutes:
 
     parts: list[Part]
     outgoing: list[ArrayView]
+    going: list[list[Run]]
+    coming: list[list[Run]]
     numbers: list[ArrayView]
     first_sums: dict[int, int]
     num_sums: int
     places: ArrayView
+
+    @property
+    def longest_chunk(self) -> int:
+        """Rows of the longest chunk, whichever way it goes."""
+        chunks = [run for runs in (*self.going, *self.coming) for run in runs]
+        return max((run.num_rows for run in chunks), default=0)
 
 
 def make_device_routes(
@@ -89,6 +99,7 @@ def make_device_routes(
         upload: Copies to the GPU.
     """
     nodes, own = range(topology.num_nodes), topology.node
+    chunk = routes.num_chunk_tokens
     others = [node for node in nodes if node != own]
     places = np.full((int(routes.num_tokens[topology.rank]), len(others)), -1, np.int32)
     first_sums, num_sums = {}, 0
@@ -126,6 +137,8 @@ def make_device_routes(
             for node in nodes
         ],
         outgoing=[views[f"outgoing {node}"] for node in nodes],
+        going=[_chunks(0 if node == own else len(routes.outgoing[node]), chunk) for node in nodes],
+        coming=[_chunks(0 if node == own else len(masks[node]), chunk) for node in nodes],
         numbers=[views[f"numbers {node}"] for node in nodes],
         first_sums=first_sums,
         num_sums=num_sums,
@@ -146,8 +159,7 @@ def find_runs(ranks: Sequence[int], num_arriving: Ints) -> list[Run]:
     return runs
 
 
-def chunks_of(num_rows: int, num_chunk_rows: int) -> list[Run]:
-    """Cut rows into chunks."""
+def _chunks(num_rows: int, num_chunk_rows: int) -> list[Run]:
     return [
         Run(first, min(num_chunk_rows, num_rows - first))
         for first in range(0, num_rows, num_chunk_rows)

@@ -185,7 +185,7 @@ class FakeCopies:
 
 
 class FakeRowCopies(FakeCopies):
-    """See `epcomm.engines.device_rail_moves.RowCopies`."""
+    """See `epcomm.engines.row_copies.RowCopies`."""
 
     def new_stream(self) -> FakeStream:
         """See `RowCopies.new_stream`."""

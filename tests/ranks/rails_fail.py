@@ -21,7 +21,7 @@ from fail_common import check_round
 from fake_gpu import FakeFrame
 
 from epcomm import Buffer, CommTimeout, EpcommError, TransportError, UnsupportedConfig
-from epcomm.engines import device_rail_moves, rail_moves, rails
+from epcomm.engines import device_exchange, device_rail_moves, rail_moves, rails
 
 #: Node 1 is the odd one; the rail peers of ranks 0 and 1 are these.
 ODD = (2, 3)
@@ -33,7 +33,7 @@ PLACES = {
     "sums": (rail_moves.Sums, "send", "combine: rows"),
 }
 GPU_PLACES = {
-    "rows": (device_rail_moves.DeviceMoves, "_exchange", "dispatch: rows"),
+    "rows": (device_exchange.Exchange, "run", "dispatch: rows"),
     "sums": (device_rail_moves.DeviceMoves, "combine", "combine: rows"),
 }
 
