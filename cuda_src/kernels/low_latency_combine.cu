@@ -317,21 +317,12 @@ __device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
   }
 }
 
-// The same, from choices that the block keeps.
-__device__ __forceinline__ Line kept_line(const comm::LowLatencyCall& call, const comm::Few& few,
-                                          u32 token) {
-  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
-  const u32 entry = few.first_entry[call.rank] + token * num_topk + lane;
-  return line_of(call, lane < num_topk ? few.expert[entry] : ~0u, 0);
-}
-
-// Sums a part of one of this rank's tokens. few: all choices, or null. By all threads of a group;
-// each warp for itself.
+// Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
 __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
-                                         const comm::Round& round, u32 item, const comm::Few* few) {
+                                         const comm::Round& round, u32 item) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
-  const Line line = few != nullptr ? kept_line(call, *few, token) : own_line(params, round, token);
+  const Line line = own_line(params, round, token);
   const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
   comm::Outcome outcome = comm::Outcome::kMissing;
   if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
@@ -385,6 +376,9 @@ __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
 }
 
 // --- few tokens --------------------------------------------------------------------------------
+//
+// NOTE: from the headers on, calls with few tokens share no code with others: what only these need
+// would be fetched with what those run.
 
 constexpr u32 kFewExperts = 512;
 
@@ -455,6 +449,28 @@ __device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
   return i - end;
 }
 
+// This lane's line of a token, from choices that the block keeps. By all lanes of a warp.
+__device__ __forceinline__ Line kept_line(const comm::LowLatencyCall& call, const comm::Few& few,
+                                          u32 token) {
+  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
+  const u32 entry = few.first_entry[call.rank] + token * num_topk + lane;
+  return line_of(call, lane < num_topk ? few.expert[entry] : ~0u, 0);
+}
+
+// Sums this rank's tokens, a group's parts from first_item on. By all threads; each warp for
+// itself.
+__device__ __forceinline__ void sum_few(const LowLatencyCombineParams& params,
+                                        const comm::Round& round, const comm::Few& few,
+                                        u32 first_item) {
+  const comm::LowLatencyShape& shape = params.call.shape;
+  const u32 end = shape.num_tokens * shape.num_parts;
+#pragma unroll 1
+  for (u32 item = first_item; item < end; item += gridDim.x * kNumGroups) {
+    const Line line = kept_line(params.call, few, item / shape.num_parts);
+    sum_cells(params, round, item, __ballot_sync(kFullWarp, line.is_used));
+  }
+}
+
 // In shared memory.
 struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
@@ -504,14 +520,17 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
     }
   }
   bool is_good = find_sources(call, round, &sources);
-  const bool are_few = is_good && tries_few && comm::are_few(call, sources.headers);
-  // What a group sums first, in place of what it sends next.
-  u32 first_item = blockIdx.x + gridDim.x * comm::group_index();
-  if (are_few) {
-    if (threadIdx.x == 0) comm::number(call, sources.headers, &tables.few.few);
-    is_good = read_few(call, round, sources.headers, &sources.arrivals, &tables.few.few);
-    if (is_good) first_item = send_few(params, round, sources.headers, &tables.few);
-  } else if (is_good && call.phases & comm::kSends) {
+  if (is_good && tries_few && comm::are_few(call, sources.headers)) {
+    comm::Few& few = tables.few.few;
+    if (threadIdx.x == 0) comm::number(call, sources.headers, &few);
+    if (read_few(call, round, sources.headers, &sources.arrivals, &few)) {
+      const u32 first_item = send_few(params, round, sources.headers, &tables.few);
+      sum_few(params, round, few, first_item);
+    }
+    comm::finish(call, round);
+    return;
+  }
+  if (is_good && call.phases & comm::kSends) {
     is_good = comm::for_each_part<true>(
         call, round, ~(sources.arrivals.missing | round.masked), sources.headers, nullptr,
         reinterpret_cast<comm::Span*>(shared_memory), &tables.chunk, &sources.arrivals,
@@ -527,10 +546,10 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   }
   if (is_good && call.phases & comm::kReceives) {
     const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
-    const comm::Few* few = are_few ? &tables.few.few : nullptr;
 #pragma unroll 1
-    for (u32 item = first_item; item < num_items; item += gridDim.x * kNumGroups) {
-      sum_part(params, round, item, few);
+    for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
+         item += gridDim.x * kNumGroups) {
+      sum_part(params, round, item);
     }
   }
   comm::finish(call, round);
