@@ -508,9 +508,13 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   const u32 num_experts = call.shape.num_experts;
   i64 range = 0;
   if (tries_few && threadIdx.x < num_experts) range = params.layout_range[threadIdx.x];
+  comm::OwnEntry entry = {};
+  if (call.phases & comm::kSends) {
+    entry = comm::first_entry(call, params.topk_idx, params.is_64_bit, params.topk_weights);
+  }
   if (!comm::begin(call, &round)) return;
   if (call.phases & comm::kSends) {
-    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
+    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights, entry);
   }
   if (tries_few) {
     comm::clear(call, &tables.few.few);

@@ -323,6 +323,13 @@ FAULTS = (
         WATCHED_DECODING,
     ),
     Fault(
+        "low latency: a warp's later tokens are told as its first",
+        _TABLES,
+        "if (n > 0 && is_token) {",
+        "if (n > 8 && is_token) {",
+        "two ranks, bf16",
+    ),
+    Fault(
         "low latency: tokens before a chunk are counted again",
         _TABLES,
         "counted = token = next;",
