@@ -45,6 +45,9 @@ __device__ __forceinline__ u32 row_bytes_of(const LowLatencyCombineParams& param
   return params.call.shape.hidden * 2;
 }
 
+// Ranges of dispatch's layout that a block keeps.
+constexpr u32 kKeptRanges = 512;
+
 // Where a line's row of a token lies in the slot at the token's rank.
 __device__ __forceinline__ u8* slot_row(const LowLatencyCombineParams& params,
                                         const comm::Round& round, u32 rank, u32 line, u32 token) {
@@ -380,18 +383,10 @@ __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
 // NOTE: from the headers on, calls with few tokens share no code with others: what only these need
 // would be fetched with what those run.
 
-constexpr u32 kFewExperts = 512;
-
-// In shared memory.
-struct FewTables {
-  comm::Few few;
-  u64 ranges[kFewExperts];  // as layout_range
-};
-
 __device__ __forceinline__ bool may_be_few(const LowLatencyCombineParams& params) {
   const comm::LowLatencyCall& call = params.call;
   return call.phases == (comm::kSends | comm::kReceives) && comm::may_be_few(call) &&
-         uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kFewExperts;
+         uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kKeptRanges;
 }
 
 // Keeps the choices of all sources. By all threads; false, to all of them, where the call has
@@ -427,9 +422,9 @@ __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const
 // group for itself.
 __device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
                                         const comm::Round& round,
-                                        const comm::LowLatencyShape* headers, FewTables* tables) {
+                                        const comm::LowLatencyShape* headers, const u64* ranges,
+                                        comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
-  comm::Few* few = &tables->few;
   const u32 num_local = num_local_experts(call);
   const u32 end = few->first_item[kNumRanks], step = gridDim.x * kNumGroups;
   u32 i = blockIdx.x + gridDim.x * comm::group_index();
@@ -437,7 +432,7 @@ __device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
   for (; i < end; i += step) {
     const comm::Part part = comm::place_few(
         call, few, comm::few_item(call, *few, headers, i), [=](u32 source, u32 local, u32 entry) {
-          const u64 range = tables->ranges[local * kNumRanks + source];
+          const u64 range = ranges[local * kNumRanks + source];
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
           const u32 row = begin + few->rows_before(num_local, local, entry) -
                           few->rows_before(num_local, local, few->first_entry[source]);
@@ -499,36 +494,35 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   __shared__ Sources sources;
   __shared__ union {
     comm::Chunk chunk;
-    FewTables few;
+    comm::Few few;
   } tables;
+  __shared__ u64 ranges[kKeptRanges];
   const comm::LowLatencyCall& call = params.call;
   __shared__ comm::Round round;
   // On its way while the call begins.
   const bool tries_few = may_be_few(params);
-  const u32 num_experts = call.shape.num_experts;
+  const u32 num_kept = min_of(call.shape.num_experts, kKeptRanges);
   i64 range = 0;
-  if (tries_few && threadIdx.x < num_experts) range = params.layout_range[threadIdx.x];
   comm::OwnEntry entry = {};
   if (call.phases & comm::kSends) {
+    if (threadIdx.x < num_kept) range = params.layout_range[threadIdx.x];
     entry = comm::first_entry(call, params.topk_idx, params.is_64_bit, params.topk_weights);
   }
   if (!comm::begin(call, &round)) return;
   if (call.phases & comm::kSends) {
     comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights, entry);
-  }
-  if (tries_few) {
-    comm::clear(call, &tables.few.few);
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < num_experts; i += blockDim.x) {
-      tables.few.ranges[i] = i == threadIdx.x ? range : params.layout_range[i];
+    for (u32 i = threadIdx.x; i < num_kept; i += blockDim.x) {
+      ranges[i] = i == threadIdx.x ? range : params.layout_range[i];
     }
   }
+  if (tries_few) comm::clear(call, &tables.few);
   bool is_good = find_sources(call, round, &sources);
   if (is_good && tries_few && comm::are_few(call, sources.headers)) {
-    comm::Few& few = tables.few.few;
+    comm::Few& few = tables.few;
     if (threadIdx.x == 0) comm::number(call, sources.headers, &few);
     if (read_few(call, round, sources.headers, &sources.arrivals, &few)) {
-      const u32 first_item = send_few(params, round, sources.headers, &tables.few);
+      const u32 first_item = send_few(params, round, sources.headers, ranges, &few);
       sum_few(params, round, few, first_item);
     }
     comm::finish(call, round);
@@ -539,7 +533,8 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
         call, round, ~(sources.arrivals.missing | round.masked), sources.headers, nullptr,
         reinterpret_cast<comm::Span*>(shared_memory), &tables.chunk, &sources.arrivals,
         [&](u32 source, u32 expert) {
-          const u64 range = static_cast<u64>(params.layout_range[expert * kNumRanks + source]);
+          const u32 i = expert * kNumRanks + source;
+          const u64 range = i < kKeptRanges ? ranges[i] : static_cast<u64>(params.layout_range[i]);
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
           return comm::Span{begin, min_of(begin + count, comm::num_recv_rows(call))};
         },

@@ -503,8 +503,8 @@ FAULTS = (
     Fault(
         "low-latency combine, few tokens: rows begin where the first source's do",
         _LL_COMBINE,
-        "tables->ranges[local * kNumRanks + source];",
-        "tables->ranges[local * kNumRanks];",
+        "ranges[local * kNumRanks + source];",
+        "ranges[local * kNumRanks];",
         "few tokens",
     ),
 )
