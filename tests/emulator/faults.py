@@ -283,8 +283,8 @@ FAULTS = (
     Fault(
         "low latency: slots are written before peers have received",
         _LOW_LATENCY,
-        "if (waits && !is_there(kReceived, seen, last)) {",
-        "if (false && waits && !is_there(kReceived, seen, last)) {",
+        "const bool must_wait = waits && !is_there(kReceived, seen, last);",
+        "const bool must_wait = false;",
         "four ranks, hooks",
     ),
     Fault(
@@ -477,13 +477,13 @@ FAULTS = (
         _LL_RECEIVE,
         "comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);",
         "comm::Awaited{comm::Outcome::kArrived, static_cast<u32>(*cell)};",
-        "eight ranks",
+        "few tokens",
     ),
     Fault(
         "low latency: what was not received yet is posted",
         _LOW_LATENCY,
-        "                              received);",
-        "                              epoch);",
+        "{received[0], received[1]}",
+        "{epoch, epoch}",
         "four ranks, hooks",
     ),
     Fault(
