@@ -117,6 +117,7 @@ __device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Ro
 struct Arrivals {
   u32 missing;
   u32 has_failed;
+  u32 has_headers;  // a hint
 };
 
 __device__ __forceinline__ void note(Arrivals* arrivals, u32 source, Outcome outcome) {
@@ -151,9 +152,11 @@ __device__ inline void report_mismatch(const LowLatencyCall& call, const LowLate
 
 // Waits for the headers of some sources, into shared memory: zeros for a source whose does not
 // come. By all threads; false, to all of them, where the call has failed or a source passes other
-// values.
+// values. meanwhile() is called by warps that wait for none, until has_headers.
+template <typename Meanwhile>
 __device__ inline bool read_headers(const LowLatencyCall& call, const Round& round, u32 sources,
-                                    LowLatencyShape* headers, Arrivals* arrivals) {
+                                    LowLatencyShape* headers, Arrivals* arrivals,
+                                    Meanwhile meanwhile) {
   constexpr u32 kWords = slab::kLowLatencyHeaderWords;
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
   bool is_good = true;
@@ -172,6 +175,12 @@ __device__ inline bool read_headers(const LowLatencyCall& call, const Round& rou
     if (awaited.outcome == Outcome::kFailed || (!may_differ && awaited.word != own[i % kWords])) {
       is_good = false;
     }
+  }
+  if (warp_index() * kWarpSize < kNumRanks * kWords) {
+    __syncwarp();
+    if (lane_index() == 0) ptx::st_release_cta_shared_u32(&arrivals->has_headers, 1);
+  } else {
+    meanwhile();
   }
   // All threads must come to the same end, and others may note more as soon as they go on.
   is_good = __syncthreads_and(is_good);

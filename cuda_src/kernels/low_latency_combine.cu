@@ -389,32 +389,19 @@ __device__ __forceinline__ bool may_be_few(const LowLatencyCombineParams& params
          uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kKeptRanges;
 }
 
-// Keeps the choices of all sources. By all threads; false, to all of them, where the call has
-// failed.
+// Keeps the choices of all sources. entry: the thread's first, as far as it was seen. By all
+// threads; false, to all of them, where the call has failed.
 __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const comm::Round& round,
                                          const comm::LowLatencyShape* headers,
-                                         comm::Arrivals* arrivals, comm::Few* few) {
-  u32 end = 0;
-#pragma unroll
-  for (u32 source = 0; source < kNumRanks; ++source) {
-    end += headers[source].num_tokens * call.shape.num_topk;
-  }
-  comm::read_entries<true>(
-      call, round, 0, end, arrivals,
-      [&](u32 i, u32* whose) {
-        u32 begin;
-        *whose = comm::source_of(call, headers, i, &begin);
-        return slab::table(call.slabs, call.rank, round.slot, *whose) +
-               (i - begin) * slab::kEntryWords;
-      },
-      [&](u32 i, i32 expert, u32 weight) {
+                                         const ptx::U64Pair& entry, comm::Arrivals* arrivals,
+                                         comm::Few* few) {
+  return comm::read_few_entries<true>(
+      call, round, headers, entry, arrivals, [&](u32 i, i32 expert, u32 weight) {
         few->expert[i] = static_cast<u32>(expert);
         few->weight[i] = weight;
         if (expert < 0) return;
         comm::keep(call, few, i, static_cast<u32>(expert) - call.rank * num_local_experts(call));
       });
-  __syncthreads();
-  return arrivals->has_failed == 0;
 }
 
 // Sends all parts of all sources' rows where they are few. Returns which part of this rank's tokens
@@ -472,14 +459,17 @@ struct Sources {
   comm::Arrivals arrivals;
 };
 
-// Waits for what sources say of their calls. By all threads; false, to all of them, where the call
-// may not go on.
+// Waits for what sources say of their calls, and looks at their choices where these may be few. By
+// all threads; false, to all of them, where the call may not go on.
 __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
-                                             const comm::Round& round, Sources* sources) {
-  if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
+                                             const comm::Round& round, bool tries_few,
+                                             Sources* sources, ptx::U64Pair* entry) {
+  if (threadIdx.x == 0) sources->arrivals = {round.masked, 0, 0};
   __syncthreads();
   const bool is_good =
-      comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals);
+      comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals, [&] {
+        if (tries_few) *entry = comm::guess_entry<true>(call, round, &sources->arrivals);
+      });
   const u32 missing = sources->arrivals.missing;
   if (threadIdx.x < kNumRanks && (missing >> threadIdx.x) & 1) comm::mask(call, threadIdx.x);
   return is_good;
@@ -517,11 +507,12 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
     }
   }
   if (tries_few) comm::clear(call, &tables.few);
-  bool is_good = find_sources(call, round, &sources);
+  ptx::U64Pair entry_seen = {};
+  bool is_good = find_sources(call, round, tries_few, &sources, &entry_seen);
   if (is_good && tries_few && comm::are_few(call, sources.headers)) {
     comm::Few& few = tables.few;
     if (threadIdx.x == 0) comm::number(call, sources.headers, &few);
-    if (read_few(call, round, sources.headers, &sources.arrivals, &few)) {
+    if (read_few(call, round, sources.headers, entry_seen, &sources.arrivals, &few)) {
       const u32 first_item = send_few(params, round, sources.headers, ranges, &few);
       sum_few(params, round, few, first_item);
     }

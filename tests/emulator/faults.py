@@ -494,6 +494,13 @@ FAULTS = (
         "few tokens",
     ),
     Fault(
+        "low latency, few tokens: all ranks are thought to have as many",
+        _FEW,
+        "is_guess = is_guess && headers[source].num_tokens == call.shape.num_tokens;",
+        "is_guess = is_guess && headers[source].num_tokens > 0;",
+        "few tokens",
+    ),
+    Fault(
         "low latency, few tokens: choices give way while others still read them",
         _FEW,
         "  __syncwarp();  // all lanes are done with the choices before\n",
