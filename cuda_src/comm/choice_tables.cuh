@@ -16,13 +16,21 @@ namespace epcomm::comm {
 
 // --- headers and tables ------------------------------------------------------------------------
 
-// This lane's choice of a token of this rank, -1 where it has none. What may not be chosen, and
-// what is chosen twice, is left out, and reported where asked for. By all lanes of a warp.
-__device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_idx, u32 is_64_bit,
-                                 u32 token, bool reports) {
+// What a lane tells of a token of this rank: its choice, -1 where it has none, and the weight.
+struct OwnEntry {
+  i32 expert;
+  u32 weight;
+  Failure wrong;  // with the choice as it was passed
+};
+
+// This lane's choice of a token. What may not be chosen, and what is chosen twice, is left out. By
+// all lanes of a warp.
+__device__ inline OwnEntry own_entry(const LowLatencyCall& call, const void* topk_idx,
+                                     u32 is_64_bit, const float* weights, u32 token) {
   const u32 lane = lane_index(), num_topk = call.shape.num_topk;
-  const i64 given =
-      lane < num_topk ? choice_at(topk_idx, is_64_bit, u64(token) * num_topk + lane) : -1;
+  const u64 index = u64(token) * num_topk + lane;
+  const i64 given = lane < num_topk ? choice_at(topk_idx, is_64_bit, index) : -1;
+  const u32 weight = weights != nullptr && lane < num_topk ? ptx::as_bits(weights[index]) : 0;
   const bool is_bad = given < -1 || given >= i64(call.shape.num_experts);
   const i32 expert = is_bad ? -1 : static_cast<i32>(given);
   bool is_twice = false;
@@ -31,40 +39,76 @@ __device__ inline i32 own_choice(const LowLatencyCall& call, const void* topk_id
     const i32 other = __shfl_sync(kFullWarp, expert, earlier);
     is_twice = is_twice || (earlier < lane && expert >= 0 && expert == other);
   }
-  if (reports && (is_bad || is_twice)) {
-    volatile FailureRecord* record = call.record;
-    record->failure = is_bad ? kBadExpert : kExpertTwice;
-  }
-  return is_twice ? -1 : expert;
+  return {is_twice ? -1 : expert, weight,
+          is_bad     ? kBadExpert
+          : is_twice ? kExpertTwice
+                     : kNoFailure};
 }
 
-// Tells every peer what this call is and what its tokens choose; a block a peer. weights: null in
-// dispatch.
+// A warp's n-th piece of all tables: of the last blocks, as they have the fewest rows to send, and
+// not of a block's first warp, which begins the call.
+struct TablePiece {
+  u32 peer;
+  u32 place;  // 0 the header, then tokens
+
+  __device__ __forceinline__ explicit TablePiece(u32 n) {
+    constexpr u32 kWarps = kLowLatencyThreads / kWarpSize - 1;
+    static_assert(kWarps > 0, "the first warp sends no tables");
+    const u32 block = gridDim.x - 1 - blockIdx.x + n * gridDim.x;
+    const u32 piece = block * kWarps + warp_index() - 1;
+    peer = piece % kNumRanks;
+    place = warp_index() == 0 ? ~0u : piece / kNumRanks;
+  }
+
+  __device__ __forceinline__ bool is_token(const LowLatencyCall& call) const {
+    return place - 1 < call.shape.num_tokens;  // 0 wraps around
+  }
+};
+
+// Reads what a warp tells first: it is on its way, and looked through, while the call begins.
+__device__ __forceinline__ OwnEntry first_entry(const LowLatencyCall& call, const void* topk_idx,
+                                                u32 is_64_bit, const float* weights) {
+  const TablePiece piece(0);
+  if (!piece.is_token(call)) return {-1, 0, kNoFailure};
+  return own_entry(call, topk_idx, is_64_bit, weights, piece.place - 1);
+}
+
+// Tells every peer what this call is and what its tokens choose. weights: null in dispatch. entry:
+// the warp's first. By all threads; each warp for itself.
 __device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Round& round,
                                             const void* topk_idx, u32 is_64_bit,
-                                            const float* weights) {
+                                            const float* weights, OwnEntry entry) {
   const LowLatencyShape& shape = call.shape;
   const u32 lane = lane_index();
-  // The last blocks, as they have the fewest rows to send.
 #pragma unroll 1
-  for (u32 peer = gridDim.x - 1 - blockIdx.x; peer < kNumRanks; peer += gridDim.x) {
-    if ((round.masked >> peer) & 1) continue;
-    if (threadIdx.x < slab::kLowLatencyHeaderWords) {
-      const u32 word = reinterpret_cast<const u32*>(&shape)[threadIdx.x];
-      u64* cells = slab::header_cells(call.slabs, peer, round.slot, call.rank);
-      ptx::st_relaxed_sys_u64(cells + threadIdx.x, cell_of(round.epoch, word));
+  for (u32 n = 0;; ++n) {
+    const TablePiece piece(n);
+    const bool is_token = piece.is_token(call);
+    if (!is_token && piece.place != 0) break;
+    if (n > 0 && is_token) {
+      entry = own_entry(call, topk_idx, is_64_bit, weights, piece.place - 1);
     }
-    u64* table = slab::table(call.slabs, peer, round.slot, call.rank);
-#pragma unroll 1
-    for (u32 token = warp_index(); token < shape.num_tokens; token += blockDim.x / kWarpSize) {
-      const u32 index = token * shape.num_topk + lane;
-      const bool has_weight = weights != nullptr && lane < shape.num_topk;
-      const u32 weight = has_weight ? ptx::as_bits(weights[index]) : 0;
-      const i32 expert = own_choice(call, topk_idx, is_64_bit, token, peer == call.rank);
-      if (lane >= shape.num_topk) continue;
-      u64* entry = table + index * slab::kEntryWords;
-      ptx::st_relaxed_sys_u64(entry, cell_of(round.epoch, static_cast<u32>(expert)));
-      if (has_weight) ptx::st_relaxed_sys_u64(entry + 1, cell_of(round.epoch, weight));
+    if ((round.masked >> piece.peer) & 1) continue;
+    if (!is_token) {
+      if (lane >= slab::kLowLatencyHeaderWords) continue;
+      const u32 word = reinterpret_cast<const u32*>(&shape)[lane];
+      u64* cells = slab::header_cells(call.slabs, piece.peer, round.slot, call.rank);
+      ptx::st_relaxed_sys_u64(cells + lane, cell_of(round.epoch, word));
+      continue;
+    }
+    if (piece.peer == call.rank && entry.wrong != kNoFailure) {
+      volatile FailureRecord* record = call.record;
+      record->failure = entry.wrong;
+    }
+    if (lane >= shape.num_topk) continue;
+    const u32 index = (piece.place - 1) * shape.num_topk + lane;
+    u64* cells =
+        slab::table(call.slabs, piece.peer, round.slot, call.rank) + index * slab::kEntryWords;
+    const u64 expert = cell_of(round.epoch, static_cast<u32>(entry.expert));
+    if (weights != nullptr) {
+      ptx::st_relaxed_sys_u64x2(cells, {expert, cell_of(round.epoch, entry.weight)});
+    } else {
+      ptx::st_relaxed_sys_u64(cells, expert);
     }
   }
 }
@@ -73,6 +117,7 @@ __device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Ro
 struct Arrivals {
   u32 missing;
   u32 has_failed;
+  u32 has_headers;  // a hint
 };
 
 __device__ __forceinline__ void note(Arrivals* arrivals, u32 source, Outcome outcome) {
@@ -107,9 +152,11 @@ __device__ inline void report_mismatch(const LowLatencyCall& call, const LowLate
 
 // Waits for the headers of some sources, into shared memory: zeros for a source whose does not
 // come. By all threads; false, to all of them, where the call has failed or a source passes other
-// values.
+// values. meanwhile() is called by warps that wait for none, until has_headers.
+template <typename Meanwhile>
 __device__ inline bool read_headers(const LowLatencyCall& call, const Round& round, u32 sources,
-                                    LowLatencyShape* headers, Arrivals* arrivals) {
+                                    LowLatencyShape* headers, Arrivals* arrivals,
+                                    Meanwhile meanwhile) {
   constexpr u32 kWords = slab::kLowLatencyHeaderWords;
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
   bool is_good = true;
@@ -129,6 +176,12 @@ __device__ inline bool read_headers(const LowLatencyCall& call, const Round& rou
       is_good = false;
     }
   }
+  if (warp_index() * kWarpSize < kNumRanks * kWords) {
+    __syncwarp();
+    if (lane_index() == 0) ptx::st_release_cta_shared_u32(&arrivals->has_headers, 1);
+  } else {
+    meanwhile();
+  }
   // All threads must come to the same end, and others may note more as soon as they go on.
   is_good = __syncthreads_and(is_good);
   if (!is_good && threadIdx.x == 0 && arrivals->has_failed == 0) {
@@ -147,15 +200,18 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
   constexpr u32 kUnroll = 4, kWords = kHasWeights ? 2 : 1;
 #pragma unroll 1
   for (u32 first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
-    u64 found[kUnroll][kWords];
+    ptx::U64Pair found[kUnroll];
 #pragma unroll
     for (u32 j = 0; j < kUnroll; ++j) {
       const u32 i = first + j * blockDim.x;
       if (i >= end) continue;
       u32 source;
       const u64* cells = place(i, &source);
-#pragma unroll
-      for (u32 w = 0; w < kWords; ++w) found[j][w] = ptx::ld_relaxed_sys_u64(cells + w);
+      if constexpr (kHasWeights) {
+        found[j] = ptx::ld_relaxed_sys_u64x2(cells);
+      } else {
+        found[j].value[0] = ptx::ld_relaxed_sys_u64(cells);
+      }
     }
     const u32 last = min_of(first + (kUnroll - 1) * blockDim.x, end - 1);
 #pragma unroll 1
@@ -166,10 +222,10 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
       u32 words[kWords];
 #pragma unroll
       for (u32 w = 0; w < kWords; ++w) {
-        const u64 cell = found[0][w];
+        const u64 cell = found[0].value[w];
         // Those behind it move up: what is done with one is there once.
 #pragma unroll
-        for (u32 j = 0; j + 1 < kUnroll; ++j) found[j][w] = found[j + 1][w];
+        for (u32 j = 0; j + 1 < kUnroll; ++j) found[j].value[w] = found[j + 1].value[w];
         words[w] = static_cast<u32>(cell);
         if (static_cast<u32>(cell >> 32) == round.epoch) continue;
         if (outcome != Outcome::kArrived) continue;

@@ -86,6 +86,85 @@ __device__ __forceinline__ u32 source_of(const LowLatencyCall& call, const LowLa
   return source;
 }
 
+// The choice that a thread reads, of all sources': the last threads the first, as the first wait
+// for headers.
+__device__ __forceinline__ u32 first_few() { return blockDim.x - 1 - threadIdx.x; }
+
+template <bool kHasWeights>
+__device__ __forceinline__ ptx::U64Pair look_at_entry(const u64* cells) {
+  if constexpr (kHasWeights) return ptx::ld_relaxed_sys_u64x2(cells);
+  return {{ptx::ld_relaxed_sys_u64(cells), 0}};
+}
+
+template <bool kHasWeights>
+__device__ __forceinline__ bool is_entry_there(const ptx::U64Pair& entry, u32 epoch) {
+  return static_cast<u32>(entry.value[0] >> 32) == epoch &&
+         (!kHasWeights || static_cast<u32>(entry.value[1] >> 32) == epoch);
+}
+
+// Looks at this thread's choice until it or the headers are there, as if all sources had as many
+// tokens as this rank: as a rule they have, and both come together.
+template <bool kHasWeights>
+__device__ __forceinline__ ptx::U64Pair guess_entry(const LowLatencyCall& call, const Round& round,
+                                                    const Arrivals* arrivals) {
+  const u32 number = call.shape.num_tokens * call.shape.num_topk, i = first_few();
+  ptx::U64Pair entry = {};
+  if (i >= kNumRanks * number) return entry;
+  const u32 source = i / number;
+  const u64* cells = slab::table(call.slabs, call.rank, round.slot, source) +
+                     (i - source * number) * slab::kEntryWords;
+  while (true) {
+    const bool is_last = ptx::ld_acquire_cta_shared_u32(&arrivals->has_headers) != 0;
+    entry = look_at_entry<kHasWeights>(cells);
+    if (is_last || is_entry_there<kHasWeights>(entry, round.epoch)) return entry;
+  }
+}
+
+// Reads the choices of all sources; entry: what this thread saw of its first. By all threads;
+// false, to all of them, where the call has failed.
+//   use(i, expert, weight)  is called for each
+template <bool kHasWeights, typename Use>
+__device__ __forceinline__ bool read_few_entries(const LowLatencyCall& call, const Round& round,
+                                                 const LowLatencyShape* headers, ptx::U64Pair entry,
+                                                 Arrivals* arrivals, Use use) {
+  u32 end = 0;
+  bool is_guess = true;
+#pragma unroll
+  for (u32 source = 0; source < kNumRanks; ++source) {
+    end += headers[source].num_tokens * call.shape.num_topk;
+    is_guess = is_guess && headers[source].num_tokens == call.shape.num_tokens;
+  }
+#pragma unroll 1
+  for (u32 i = first_few(); i < end; i += blockDim.x) {
+    u32 begin;
+    const u32 source = source_of(call, headers, i, &begin);
+    const u64* cells =
+        slab::table(call.slabs, call.rank, round.slot, source) + (i - begin) * slab::kEntryWords;
+    if (!is_guess || !is_entry_there<kHasWeights>(entry, round.epoch)) {
+      entry = look_at_entry<kHasWeights>(cells);
+    }
+    u32 words[2] = {};
+    Outcome outcome = Outcome::kArrived;
+#pragma unroll
+    for (u32 w = 0; w < (kHasWeights ? 2 : 1); ++w) {
+      words[w] = static_cast<u32>(entry.value[w]);
+      if (static_cast<u32>(entry.value[w] >> 32) == round.epoch) continue;
+      if (outcome != Outcome::kArrived) continue;
+      const Awaited awaited = await_slowly(call, kLowLatencyTables, source, round.epoch, cells + w);
+      outcome = awaited.outcome;
+      words[w] = awaited.word;
+    }
+    if (outcome != Outcome::kArrived) {
+      note(arrivals, source, outcome);
+      break;
+    }
+    use(i, static_cast<i32>(words[0]), words[1]);
+    is_guess = false;
+  }
+  __syncthreads();
+  return arrivals->has_failed == 0;
+}
+
 // Keeps a choice. local: the expert's number on this rank, or one beyond all.
 __device__ __forceinline__ void keep(const LowLatencyCall& call, Few* few, u32 i, u32 local) {
   const u32 num_local = num_local_experts(call);

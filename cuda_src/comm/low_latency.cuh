@@ -97,7 +97,9 @@ static_assert(sizeof(LowLatencyState) == kLowLatencyStateBytes,
 struct Round {
   u32 epoch;
   u32 slot;
-  u32 masked;  // peers that get nothing, as bits
+  u32 masked;       // peers that get nothing, as bits
+  u32 received[2];  // of each slot, what is posted
+  u32 is_unposted;  // and whether it is not yet
 };
 
 constexpr u32 kGroupThreads = kGroupWarps * kWarpSize;
@@ -219,9 +221,16 @@ __device__ inline Outcome await_part(const LowLatencyCall& call, const Round& ro
 // Zero is what memory begins with, so it is no epoch.
 __device__ __forceinline__ u32 epoch_after(u32 epoch) { return epoch == ~0u ? 2 : epoch + 1; }
 
-// The block that posts what was received: it sends no table, and few rows where there are few.
-__device__ __forceinline__ bool is_poster() {
-  return blockIdx.x == (gridDim.x > kNumRanks ? gridDim.x - 1 - kNumRanks : 0);
+// The block that posts what was received: it sends no tables and few rows, as a rule.
+__device__ __forceinline__ bool is_poster() { return blockIdx.x == gridDim.x / 2; }
+
+// Posts to peers what was received of each slot. By all lanes of a warp.
+__device__ __forceinline__ void post_received(const LowLatencyCall& call, u32 masked,
+                                              const u32* received) {
+  const u32 lane = lane_index(), slot = lane / kMaxRanks, peer = lane % kMaxRanks;
+  if (slot > 1 || peer >= kNumRanks || peer == call.rank || ((masked >> peer) & 1) != 0) return;
+  ptx::st_release_sys_u32(slab::received_cell(call.slabs, peer, slot, call.rank),
+                          slot == 0 ? received[0] : received[1]);
 }
 
 // Begins a call: posts what was received, counts the call, and waits, where it sends, until peers
@@ -240,7 +249,7 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
         sends ? epoch_after(state.epoch) : *static_cast<const volatile u32*>(call.ticket);
     const u32 slot_epoch[2] = {state.slot_epoch[0], state.slot_epoch[1]};
     const u32 slot_masked[2] = {state.slot_masked[0], state.slot_masked[1]};
-    const u32 received = state.slot_received[lane / kMaxRanks % 2];
+    const u32 received[2] = {state.slot_received[0], state.slot_received[1]};
     is_good = !has_failed(call);
     bool leaves_out = peer < kNumRanks && is_masked(call, peer);
     u32 seen = 0;
@@ -248,17 +257,16 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
       seen = ptx::ld_acquire_sys_u32(
           slab::received_cell(call.slabs, call.rank, lane / kMaxRanks, peer));
     }
-    // Before anything is waited for: a peer's kernel may wait for this before it posts the next.
-    if (is_poster() && is_peer && !leaves_out) {
-      ptx::st_release_sys_u32(slab::received_cell(call.slabs, peer, lane / kMaxRanks, call.rank),
-                              received);
-    }
     const u32 slot = epoch % 2, last = slot == 0 ? slot_epoch[0] : slot_epoch[1];
     const u32 left_out = slot == 0 ? slot_masked[0] : slot_masked[1];
     seen = __shfl_sync(kFullWarp, seen, slot * kMaxRanks + peer);
     const bool waits = sends && is_good && is_peer && lane < kNumRanks && !leaves_out &&
                        ((left_out >> peer) & 1) == 0;
-    if (waits && !is_there(kReceived, seen, last)) {
+    const bool must_wait = waits && !is_there(kReceived, seen, last);
+    // Before anything is waited for: a peer's kernel may wait for this before it posts the next.
+    const bool posts = is_poster() && __any_sync(kFullWarp, must_wait);
+    if (posts) post_received(call, __ballot_sync(kFullWarp, leaves_out), received);
+    if (must_wait) {
       const u32* cell = slab::received_cell(call.slabs, call.rank, slot, peer);
       const Outcome outcome = await_slowly(call, kReceived, peer, last, cell).outcome;
       is_good = outcome != Outcome::kFailed;
@@ -268,7 +276,7 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
     const u32 masked = __ballot_sync(kFullWarp, leaves_out && lane < kNumRanks);
     __syncwarp();  // a vote orders no memory: all lanes have read what is written now
     if (lane == 0) {
-      *round = {epoch, slot, masked};
+      *round = {epoch, slot, masked, {received[0], received[1]}, is_poster() && !posts};
       if (sends) {
         own.epoch = epoch;
         own.slot_epoch[slot] = epoch;
@@ -279,7 +287,12 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
       if (receives) own.slot_received[slot] = epoch;
     }
   }
-  return __syncthreads_and(is_good);
+  const bool is_good_for_all = __syncthreads_and(is_good);
+  // Else by a warp that has least to do, as a release takes longer than all of the above.
+  if (warp_index() == kLowLatencyThreads / kWarpSize - 1 && is_poster() && round->is_unposted) {
+    post_received(call, round->masked, round->received);
+  }
+  return is_good_for_all;
 }
 
 // Adds this call's waits to the caller's. By all threads.

@@ -45,6 +45,9 @@ __device__ __forceinline__ u32 row_bytes_of(const LowLatencyCombineParams& param
   return params.call.shape.hidden * 2;
 }
 
+// Ranges of dispatch's layout that a block keeps.
+constexpr u32 kKeptRanges = 512;
+
 // Where a line's row of a token lies in the slot at the token's rank.
 __device__ __forceinline__ u8* slot_row(const LowLatencyCombineParams& params,
                                         const comm::Round& round, u32 rank, u32 line, u32 token) {
@@ -317,21 +320,12 @@ __device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
   }
 }
 
-// The same, from choices that the block keeps.
-__device__ __forceinline__ Line kept_line(const comm::LowLatencyCall& call, const comm::Few& few,
-                                          u32 token) {
-  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
-  const u32 entry = few.first_entry[call.rank] + token * num_topk + lane;
-  return line_of(call, lane < num_topk ? few.expert[entry] : ~0u, 0);
-}
-
-// Sums a part of one of this rank's tokens. few: all choices, or null. By all threads of a group;
-// each warp for itself.
+// Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
 __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
-                                         const comm::Round& round, u32 item, const comm::Few* few) {
+                                         const comm::Round& round, u32 item) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
-  const Line line = few != nullptr ? kept_line(call, *few, token) : own_line(params, round, token);
+  const Line line = own_line(params, round, token);
   const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
   comm::Outcome outcome = comm::Outcome::kMissing;
   if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
@@ -385,47 +379,29 @@ __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
 }
 
 // --- few tokens --------------------------------------------------------------------------------
-
-constexpr u32 kFewExperts = 512;
-
-// In shared memory.
-struct FewTables {
-  comm::Few few;
-  u64 ranges[kFewExperts];  // as layout_range
-};
+//
+// NOTE: from the headers on, calls with few tokens share no code with others: what only these need
+// would be fetched with what those run.
 
 __device__ __forceinline__ bool may_be_few(const LowLatencyCombineParams& params) {
   const comm::LowLatencyCall& call = params.call;
   return call.phases == (comm::kSends | comm::kReceives) && comm::may_be_few(call) &&
-         uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kFewExperts;
+         uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kKeptRanges;
 }
 
-// Keeps the choices of all sources. By all threads; false, to all of them, where the call has
-// failed.
+// Keeps the choices of all sources. entry: the thread's first, as far as it was seen. By all
+// threads; false, to all of them, where the call has failed.
 __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const comm::Round& round,
                                          const comm::LowLatencyShape* headers,
-                                         comm::Arrivals* arrivals, comm::Few* few) {
-  u32 end = 0;
-#pragma unroll
-  for (u32 source = 0; source < kNumRanks; ++source) {
-    end += headers[source].num_tokens * call.shape.num_topk;
-  }
-  comm::read_entries<true>(
-      call, round, 0, end, arrivals,
-      [&](u32 i, u32* whose) {
-        u32 begin;
-        *whose = comm::source_of(call, headers, i, &begin);
-        return slab::table(call.slabs, call.rank, round.slot, *whose) +
-               (i - begin) * slab::kEntryWords;
-      },
-      [&](u32 i, i32 expert, u32 weight) {
+                                         const ptx::U64Pair& entry, comm::Arrivals* arrivals,
+                                         comm::Few* few) {
+  return comm::read_few_entries<true>(
+      call, round, headers, entry, arrivals, [&](u32 i, i32 expert, u32 weight) {
         few->expert[i] = static_cast<u32>(expert);
         few->weight[i] = weight;
         if (expert < 0) return;
         comm::keep(call, few, i, static_cast<u32>(expert) - call.rank * num_local_experts(call));
       });
-  __syncthreads();
-  return arrivals->has_failed == 0;
 }
 
 // Sends all parts of all sources' rows where they are few. Returns which part of this rank's tokens
@@ -433,9 +409,9 @@ __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const
 // group for itself.
 __device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
                                         const comm::Round& round,
-                                        const comm::LowLatencyShape* headers, FewTables* tables) {
+                                        const comm::LowLatencyShape* headers, const u64* ranges,
+                                        comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
-  comm::Few* few = &tables->few;
   const u32 num_local = num_local_experts(call);
   const u32 end = few->first_item[kNumRanks], step = gridDim.x * kNumGroups;
   u32 i = blockIdx.x + gridDim.x * comm::group_index();
@@ -443,7 +419,7 @@ __device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
   for (; i < end; i += step) {
     const comm::Part part = comm::place_few(
         call, few, comm::few_item(call, *few, headers, i), [=](u32 source, u32 local, u32 entry) {
-          const u64 range = tables->ranges[local * kNumRanks + source];
+          const u64 range = ranges[local * kNumRanks + source];
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
           const u32 row = begin + few->rows_before(num_local, local, entry) -
                           few->rows_before(num_local, local, few->first_entry[source]);
@@ -455,20 +431,45 @@ __device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
   return i - end;
 }
 
+// This lane's line of a token, from choices that the block keeps. By all lanes of a warp.
+__device__ __forceinline__ Line kept_line(const comm::LowLatencyCall& call, const comm::Few& few,
+                                          u32 token) {
+  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
+  const u32 entry = few.first_entry[call.rank] + token * num_topk + lane;
+  return line_of(call, lane < num_topk ? few.expert[entry] : ~0u, 0);
+}
+
+// Sums this rank's tokens, a group's parts from first_item on. By all threads; each warp for
+// itself.
+__device__ __forceinline__ void sum_few(const LowLatencyCombineParams& params,
+                                        const comm::Round& round, const comm::Few& few,
+                                        u32 first_item) {
+  const comm::LowLatencyShape& shape = params.call.shape;
+  const u32 end = shape.num_tokens * shape.num_parts;
+#pragma unroll 1
+  for (u32 item = first_item; item < end; item += gridDim.x * kNumGroups) {
+    const Line line = kept_line(params.call, few, item / shape.num_parts);
+    sum_cells(params, round, item, __ballot_sync(kFullWarp, line.is_used));
+  }
+}
+
 // In shared memory.
 struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
   comm::Arrivals arrivals;
 };
 
-// Waits for what sources say of their calls. By all threads; false, to all of them, where the call
-// may not go on.
+// Waits for what sources say of their calls, and looks at their choices where these may be few. By
+// all threads; false, to all of them, where the call may not go on.
 __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
-                                             const comm::Round& round, Sources* sources) {
-  if (threadIdx.x == 0) sources->arrivals = {round.masked, 0};
+                                             const comm::Round& round, bool tries_few,
+                                             Sources* sources, ptx::U64Pair* entry) {
+  if (threadIdx.x == 0) sources->arrivals = {round.masked, 0, 0};
   __syncthreads();
   const bool is_good =
-      comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals);
+      comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals, [&] {
+        if (tries_few) *entry = comm::guess_entry<true>(call, round, &sources->arrivals);
+      });
   const u32 missing = sources->arrivals.missing;
   if (threadIdx.x < kNumRanks && (missing >> threadIdx.x) & 1) comm::mask(call, threadIdx.x);
   return is_good;
@@ -483,40 +484,48 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   __shared__ Sources sources;
   __shared__ union {
     comm::Chunk chunk;
-    FewTables few;
+    comm::Few few;
   } tables;
+  __shared__ u64 ranges[kKeptRanges];
   const comm::LowLatencyCall& call = params.call;
   __shared__ comm::Round round;
   // On its way while the call begins.
   const bool tries_few = may_be_few(params);
-  const u32 num_experts = call.shape.num_experts;
+  const u32 num_kept = min_of(call.shape.num_experts, kKeptRanges);
   i64 range = 0;
-  if (tries_few && threadIdx.x < num_experts) range = params.layout_range[threadIdx.x];
+  comm::OwnEntry entry = {};
+  if (call.phases & comm::kSends) {
+    if (threadIdx.x < num_kept) range = params.layout_range[threadIdx.x];
+    entry = comm::first_entry(call, params.topk_idx, params.is_64_bit, params.topk_weights);
+  }
   if (!comm::begin(call, &round)) return;
   if (call.phases & comm::kSends) {
-    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
-  }
-  if (tries_few) {
-    comm::clear(call, &tables.few.few);
+    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights, entry);
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < num_experts; i += blockDim.x) {
-      tables.few.ranges[i] = i == threadIdx.x ? range : params.layout_range[i];
+    for (u32 i = threadIdx.x; i < num_kept; i += blockDim.x) {
+      ranges[i] = i == threadIdx.x ? range : params.layout_range[i];
     }
   }
-  bool is_good = find_sources(call, round, &sources);
-  const bool are_few = is_good && tries_few && comm::are_few(call, sources.headers);
-  // What a group sums first, in place of what it sends next.
-  u32 first_item = blockIdx.x + gridDim.x * comm::group_index();
-  if (are_few) {
-    if (threadIdx.x == 0) comm::number(call, sources.headers, &tables.few.few);
-    is_good = read_few(call, round, sources.headers, &sources.arrivals, &tables.few.few);
-    if (is_good) first_item = send_few(params, round, sources.headers, &tables.few);
-  } else if (is_good && call.phases & comm::kSends) {
+  if (tries_few) comm::clear(call, &tables.few);
+  ptx::U64Pair entry_seen = {};
+  bool is_good = find_sources(call, round, tries_few, &sources, &entry_seen);
+  if (is_good && tries_few && comm::are_few(call, sources.headers)) {
+    comm::Few& few = tables.few;
+    if (threadIdx.x == 0) comm::number(call, sources.headers, &few);
+    if (read_few(call, round, sources.headers, entry_seen, &sources.arrivals, &few)) {
+      const u32 first_item = send_few(params, round, sources.headers, ranges, &few);
+      sum_few(params, round, few, first_item);
+    }
+    comm::finish(call, round);
+    return;
+  }
+  if (is_good && call.phases & comm::kSends) {
     is_good = comm::for_each_part<true>(
         call, round, ~(sources.arrivals.missing | round.masked), sources.headers, nullptr,
         reinterpret_cast<comm::Span*>(shared_memory), &tables.chunk, &sources.arrivals,
         [&](u32 source, u32 expert) {
-          const u64 range = static_cast<u64>(params.layout_range[expert * kNumRanks + source]);
+          const u32 i = expert * kNumRanks + source;
+          const u64 range = i < kKeptRanges ? ranges[i] : static_cast<u64>(params.layout_range[i]);
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
           return comm::Span{begin, min_of(begin + count, comm::num_recv_rows(call))};
         },
@@ -527,10 +536,10 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   }
   if (is_good && call.phases & comm::kReceives) {
     const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
-    const comm::Few* few = are_few ? &tables.few.few : nullptr;
 #pragma unroll 1
-    for (u32 item = first_item; item < num_items; item += gridDim.x * kNumGroups) {
-      sum_part(params, round, item, few);
+    for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
+         item += gridDim.x * kNumGroups) {
+      sum_part(params, round, item);
     }
   }
   comm::finish(call, round);

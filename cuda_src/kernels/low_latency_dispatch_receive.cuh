@@ -43,9 +43,14 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
   for (u32 i = threadIdx.x; i < kNumRanks * num_local; i += blockDim.x) counts[i] = 0;
   const bool may_be_few = comm::may_be_few(call) && slot_row_bytes(params) <= kMaxCellRowBytes;
   if (may_be_few) comm::clear(call, few);
-  if (threadIdx.x == 0) *arrivals = {~wanted, 0};
+  if (threadIdx.x == 0) *arrivals = {~wanted, 0, 0};
   __syncthreads();
-  if (!comm::read_headers(call, round, wanted, sources->headers, arrivals)) return false;
+  ptx::U64Pair entry = {};
+  if (!comm::read_headers(call, round, wanted, sources->headers, arrivals, [&] {
+        if (may_be_few) entry = comm::guess_entry<false>(call, round, arrivals);
+      })) {
+    return false;
+  }
   u32 ends[kNumRanks], end = 0;
 #pragma unroll
   for (u32 source = 0; source < kNumRanks; ++source) {
@@ -57,6 +62,14 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
     sources->num_entries = end;
     sources->are_few = are_few;
     if (are_few) comm::number(call, sources->headers, few);
+  }
+  if (are_few) {
+    return comm::read_few_entries<false>(
+        call, round, sources->headers, entry, arrivals, [&](u32 i, i32 expert, u32) {
+          few->expert[i] = static_cast<u32>(expert);
+          if (expert < 0) return;
+          comm::keep(call, few, i, static_cast<u32>(expert) - call.rank * num_local);
+        });
   }
   auto source_of = [&ends](u32 i, u32* begin) {
     u32 source = 0;
@@ -81,11 +94,6 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
       [&](u32 i, i32 expert, u32) {
         const u32 local = static_cast<u32>(expert) - call.rank * num_local;
         const bool is_here = expert >= 0 && local < num_local;
-        if (are_few) {
-          few->expert[i] = static_cast<u32>(expert);
-          if (is_here) comm::keep(call, few, i, local);
-          return;
-        }
         if (i < kKeptEntries) sources->kept[i] = is_here ? static_cast<u16>(local) : comm::kNotHere;
         if (!is_here) return;
         u32 begin;

@@ -283,8 +283,8 @@ FAULTS = (
     Fault(
         "low latency: slots are written before peers have received",
         _LOW_LATENCY,
-        "if (waits && !is_there(kReceived, seen, last)) {",
-        "if (false && waits && !is_there(kReceived, seen, last)) {",
+        "const bool must_wait = waits && !is_there(kReceived, seen, last);",
+        "const bool must_wait = false;",
         "four ranks, hooks",
     ),
     Fault(
@@ -321,6 +321,13 @@ FAULTS = (
         "  __syncwarp();  // a shuffle orders no memory",
         "  // a shuffle orders no memory",
         WATCHED_DECODING,
+    ),
+    Fault(
+        "low latency: a warp's later tokens are told as its first",
+        _TABLES,
+        "if (n > 0 && is_token) {",
+        "if (n > 8 && is_token) {",
+        "two ranks, bf16",
     ),
     Fault(
         "low latency: tokens before a chunk are counted again",
@@ -470,13 +477,13 @@ FAULTS = (
         _LL_RECEIVE,
         "comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);",
         "comm::Awaited{comm::Outcome::kArrived, static_cast<u32>(*cell)};",
-        "eight ranks",
+        "few tokens",
     ),
     Fault(
         "low latency: what was not received yet is posted",
         _LOW_LATENCY,
-        "                              received);",
-        "                              epoch);",
+        "{received[0], received[1]}",
+        "{epoch, epoch}",
         "four ranks, hooks",
     ),
     Fault(
@@ -484,6 +491,13 @@ FAULTS = (
         _FEW,
         "const u32 rest = (1u << i % 32) - 1;",
         "const u32 rest = (2u << i % 32) - 1;",
+        "few tokens",
+    ),
+    Fault(
+        "low latency, few tokens: all ranks are thought to have as many",
+        _FEW,
+        "is_guess = is_guess && headers[source].num_tokens == call.shape.num_tokens;",
+        "is_guess = is_guess && headers[source].num_tokens > 0;",
         "few tokens",
     ),
     Fault(
@@ -496,8 +510,8 @@ FAULTS = (
     Fault(
         "low-latency combine, few tokens: rows begin where the first source's do",
         _LL_COMBINE,
-        "tables->ranges[local * kNumRanks + source];",
-        "tables->ranges[local * kNumRanks];",
+        "ranges[local * kNumRanks + source];",
+        "ranges[local * kNumRanks];",
         "few tokens",
     ),
 )

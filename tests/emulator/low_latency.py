@@ -133,6 +133,7 @@ CASES = (
     ),
     Case("four ranks, one block", (6, 2, 9, 4), 9, fp8=_POWERS, num_blocks=1, routing="few"),
     Case("most choices", (3, 5), 5, num_topk=32, num_local=32, fp8=_FLOAT, routing="uniform"),
+    Case("more experts than ranges kept", (7, 5), 7, num_local=300, routing="uniform"),
     Case("one expert takes all", (9, 6, 11), 11, routing="one", num_topk=2),
     Case("eight ranks", (2, 0, 1, 3, 4, 1, 0, 2), 4, num_local=2, fp8=_FLOAT),
     Case("eight ranks by expert", (1, 2, 0, 3, 1, 1, 2, 0), 3, num_local=1, precision=_EXPERT),
