@@ -35,7 +35,7 @@ struct RouteParams {
   comm::Call call;
   const bool* is_token_in_rank;
   const i32* num_tokens_per_expert;
-  const void* topk_idx;  // or null, and the two above hold the layout
+  const void* topk_idx;
   i32* positions;
   comm::WorkItem* work;
   i32* counts;
@@ -47,7 +47,7 @@ struct RouteParams {
   u32 num_worst_tokens;
   u32 num_topk;
   u32 is_64_bit;
-  u32 padding;
+  u32 makes_layout;  // from topk_idx; else it is there
 };
 
 static_assert(sizeof(RouteParams) == kRouteParamsBytes, "epcomm/engines/cuda_params.py differs");
@@ -79,7 +79,7 @@ __device__ inline u32 exclusive_scan(u32 value, u32* total) {
 // Whether a token goes to a receiver. Its choices there are added to pairs, unless that is null.
 __device__ __forceinline__ bool goes_to(const RouteParams& params, u32 token, u32 receiver,
                                         i32* pairs) {
-  if (params.topk_idx == nullptr) {
+  if (!params.makes_layout) {
     return params.is_token_in_rank[u64(token) * kNumRanks + receiver];
   }
   const u32 num_local = params.num_experts / kNumRanks;
@@ -101,7 +101,7 @@ __device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 rec
   const comm::Call& call = params.call;
   const u32 num_local = params.num_experts / kNumRanks;
   i32* remote = slab::expert_counts(call.slabs, receiver, epoch, call.rank);
-  if (params.topk_idx == nullptr) pairs = params.num_tokens_per_expert + receiver * num_local;
+  if (!params.makes_layout) pairs = params.num_tokens_per_expert + receiver * num_local;
   for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) remote[i] = pairs[i];
   if (threadIdx.x == 0) comm::put_header(call, epoch, receiver);
   __syncthreads();
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   const u32 epoch = comm::begin(call);
   __shared__ i32 counts[kNumRanks * kNumRanks];
   __shared__ i32 pairs[kMaxLocalExperts];  // choices of each of the receiver's experts
-  if (params.topk_idx != nullptr) {
+  if (params.makes_layout) {
     for (u32 i = threadIdx.x; i < params.num_experts / kNumRanks; i += blockDim.x) pairs[i] = 0;
     __syncthreads();
   }

@@ -456,7 +456,7 @@ class CudaEngine:
                 self._summary_ptr,
                 ticket,
                 *(num_tokens, num_experts, request.num_worst_tokens),
-                *(num_topk, is_64_bit, 0),
+                *(num_topk, is_64_bit, int(layout is None)),
             ),
         )
         self._launch(

@@ -113,7 +113,7 @@ ROUTE = np.dtype(
         ("num_worst_tokens", np.uint32),
         ("num_topk", np.uint32),
         ("is_64_bit", np.uint32),
-        ("padding", np.uint32),
+        ("makes_layout", np.uint32),
     ],
     align=True,
 )

@@ -118,7 +118,15 @@ CASES = (
     Case("two ranks by expert", (6, 9), 9, hidden=40, precision=_EXPERT, idx_dtype=np.int32),
     Case("no tokens", (0, 0), 2, fp8=_POWERS, num_rounds=2),
     Case("no choice at all", (4, 2), 4, routing="none", num_rounds=2),
-    Case("three ranks, packed", (6, 0, 3), 6, hidden=1536, fp8=_PACKED, num_parts=(3, 1, 2)),
+    Case(
+        "three ranks, packed",
+        (6, 0, 3),
+        6,
+        hidden=1536,
+        fp8=_PACKED,
+        num_parts=(3, 1, 2),
+        num_rounds=12,
+    ),
     Case("three ranks, odd rows", (1, 12, 5), 12, hidden=264, num_local=3, grid=_WIDE),
     Case("four ranks, hooks", (5, 0, 8, 2), 8, fp8=_FLOAT, has_hooks=True, num_rounds=6),
     Case(

@@ -380,9 +380,11 @@ class Rank:
             params["is_token_in_rank"] = pointer(self._own("is_token_in_rank", is_token_in_rank))
             params["num_tokens_per_expert"] = pointer(self._own("pairs", num_tokens_per_expert))
         else:
-            params["topk_idx"] = pointer(self._own("choices", topk_idx))
+            # Frameworks give no address to an array without elements.
+            params["topk_idx"] = pointer(self._own("choices", topk_idx)) if topk_idx.size else 0
             params["num_topk"] = topk_idx.shape[1]
             params["is_64_bit"] = topk_idx.dtype == np.int64
+            params["makes_layout"] = True
         for name in ("positions", "work", "counts", "summary", "host"):
             params[name] = pointer(getattr(handle, name))
         params["ticket"] = ticket = int(self.rng.integers(1, 1 << 62))
