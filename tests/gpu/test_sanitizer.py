@@ -13,9 +13,12 @@ ERROR_EXIT = 9
 OPTIONS = {
     # A library asks CUDA things that it may refuse: no fault of a kernel.
     "memcheck": ["--report-api-errors", "no"],
-    # Its warps meet by acquire and release in shared memory, which racecheck takes for races;
-    # tests/emulator runs it under ThreadSanitizer.
-    "racecheck": ["--kernel-name-exclude", "kernel_substring=epcomm_combine"],
+    # Warps of these meet by acquire and release in shared memory, which racecheck takes for races;
+    # tests/emulator runs them under ThreadSanitizer.
+    "racecheck": [
+        *("--kernel-name-exclude", "kernel_substring=epcomm_combine"),
+        *("--kernel-name-exclude", "kernel_substring=epcomm_low_latency"),
+    ],
 }
 
 
