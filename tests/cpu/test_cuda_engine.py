@@ -25,7 +25,7 @@ MISMATCH, BAD_EXPERT, EXPERT_TWICE = 3, 5, 6
 def engine() -> Any:
     """An engine of which nothing was made but what its host code looks at."""
     made = cuda.CudaEngine.__new__(cuda.CudaEngine)
-    made._group = SimpleNamespace(rank=0, size=2)
+    made._group = SimpleNamespace(rank=0, size=2, check=lambda: None)
     made._device, made._num_multiprocessors, made._timeout_s = 0, 132, 5.0
     made._num_sms = lambda: 20
     made._record = np.zeros((), cuda_params.FAILURE_RECORD)

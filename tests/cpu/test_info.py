@@ -189,6 +189,7 @@ def test_engine_of_a_buffer_that_names_none(
     monkeypatch.setattr(env, "settings", lambda: env.Settings(engine=wanted))
     monkeypatch.setattr(engines, "find_num_gpus", lambda: num_gpus)
     monkeypatch.setattr(info, "find_num_gpus", lambda: num_gpus)
+    monkeypatch.setattr(info, "takes_device_pointers", lambda: False)
     nodes = Topology(0, tuple(range(num_nodes)))
     found = lines_of(lambda: info._describe_engine(nodes))
     assert found["engine"].startswith(engine)
