@@ -164,10 +164,11 @@ def _describe_rails() -> str:
             "rows go from GPU to MPI and from MPI to GPU; EPCOMM_MPI_DEVICE_POINTERS=0 puts pinned "
             "host memory between"
         )
-    return (
-        "rows cross through pinned host memory, as this MPI takes no pointers to GPUs; one built "
-        "with CUDA does (EPCOMM_MPI_DEVICE_POINTERS=1 where it does not say so)"
-    )
+    if env.settings().mpi_device_pointers is None:
+        why = "as this MPI takes no pointers to GPUs; one built with CUDA does"
+    else:
+        why = "by EPCOMM_MPI_DEVICE_POINTERS"
+    return f"rows cross through pinned host memory, {why} (EPCOMM_MPI_DEVICE_POINTERS=1 overrules)"
 
 
 def _describe_frameworks() -> Iterator[Line]:

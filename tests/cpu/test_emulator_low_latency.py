@@ -6,6 +6,7 @@ import platform
 import shutil
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -304,50 +305,48 @@ def test_a_rank_that_is_gone_before_combine_is_masked(world: World) -> None:
     assert world.ranks[0].masks.tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("num_last", [5, 3], ids=["flags", "cells"])
-def test_rows_that_never_come_are_zeros(world: World, num_last: int) -> None:
-    """A rank that died between its table and its rows: the others mask it and go on."""
-    case = replace(_CASE, num_tokens=(*_CASE.num_tokens[:_LAST], num_last))
-    assert (num_last <= case.grid.cell_tokens) == (num_last == 3)
-    inputs = [make_inputs(case, 0, rank, 7) for rank in range(case.num_ranks)]
+def dispatch_without_rows_of_the_last(
+    world: World, case: Case, inputs: list[Inputs], num_entries: int | None = None
+) -> dict[int, Any]:
+    """Let the last rank die behind its table, or so many entries of it; the others mask it.
+
+    Returns:
+        What the others received, by rank.
+    """
     for rank in world.ranks:
         rank.can_mask, rank.timeout_s = True, 0.3
-    received = {}
+    received: dict[int, Any] = {}
 
     def dispatch(rank: Rank) -> None:
         own = inputs[rank.rank]
         if rank.rank != _LAST:
             received[rank.rank], _ = rank.dispatch(case, own.rows, own.topk_idx)
             return
-        # The table alone: its tokens' rows go nowhere, as it has masked the others by then.
         for peer in world.ranks[:_LAST]:
-            write_table(world, peer, own.topk_idx)
+            write_table(world, peer, own.topk_idx, num_entries=num_entries)
 
     world.run(dispatch)
-    blank = replace(inputs[_LAST], rows=np.zeros_like(inputs[_LAST].rows))
-    for rank in range(_LAST):
-        check_received(case, rank, received[rank], [*inputs[:_LAST], blank])
+    for rank in received:
         assert world.ranks[rank].masks[_LAST] == 1
+    return received
+
+
+@pytest.mark.parametrize("num_last", [5, 3], ids=["flags", "cells"])
+def test_rows_that_never_come_are_zeros(world: World, num_last: int) -> None:
+    case = replace(_CASE, num_tokens=(*_CASE.num_tokens[:_LAST], num_last))
+    assert (num_last <= case.grid.cell_tokens) == (num_last == 3)
+    inputs = [make_inputs(case, 0, rank, 7) for rank in range(case.num_ranks)]
+    blank = replace(inputs[_LAST], rows=np.zeros_like(inputs[_LAST].rows))
+    for rank, got in dispatch_without_rows_of_the_last(world, case, inputs).items():
+        check_received(case, rank, got, [*inputs[:_LAST], blank])
 
 
 def test_half_a_table_of_a_rank_that_died_is_not_counted(world: World) -> None:
     inputs = [make_inputs(_CASE, 0, rank, 7) for rank in range(_CASE.num_ranks)]
-    for rank in world.ranks:
-        rank.can_mask, rank.timeout_s = True, 0.3
-    received = {}
-
-    def dispatch(rank: Rank) -> None:
-        own = inputs[rank.rank]
-        if rank.rank != _LAST:
-            received[rank.rank], _ = rank.dispatch(_CASE, own.rows, own.topk_idx)
-            return
-        for peer in world.ranks[:_LAST]:
-            write_table(world, peer, own.topk_idx, num_entries=own.topk_idx.size - 1)
-
-    world.run(dispatch)
-    for rank in range(_LAST):
-        check_received(_CASE, rank, received[rank], inputs, [_LAST])
-        assert world.ranks[rank].masks[_LAST] == 1
+    num_entries = inputs[_LAST].topk_idx.size - 1
+    received = dispatch_without_rows_of_the_last(world, _CASE, inputs, num_entries)
+    for rank, got in received.items():
+        check_received(_CASE, rank, got, inputs, [_LAST])
 
 
 def write_table(

@@ -200,14 +200,18 @@ def test_engine_of_a_buffer_that_names_none(
 
 
 @pytest.mark.parametrize(
-    ("takes", "said"),
+    ("takes", "wanted", "said"),
     [
-        (True, "rows go from GPU to MPI .* EPCOMM_MPI_DEVICE_POINTERS=0"),
-        (False, "rows cross through pinned host memory, .*EPCOMM_MPI_DEVICE_POINTERS=1"),
+        (True, None, "rows go from GPU to MPI .* EPCOMM_MPI_DEVICE_POINTERS=0"),
+        (False, None, "rows cross .* as this MPI takes no .*EPCOMM_MPI_DEVICE_POINTERS=1"),
+        (False, False, "rows cross .* by EPCOMM_MPI_DEVICE_POINTERS .*=1"),
     ],
 )
-def test_way_of_rows_between_nodes(monkeypatch: pytest.MonkeyPatch, takes: bool, said: str) -> None:
+def test_way_of_rows_between_nodes(
+    monkeypatch: pytest.MonkeyPatch, takes: bool, wanted: bool | None, said: str
+) -> None:
     monkeypatch.setattr(info, "takes_device_pointers", lambda: takes)
+    monkeypatch.setattr(env, "settings", lambda: env.Settings(mpi_device_pointers=wanted))
     assert re.match(said, info._describe_rails())
 
 
