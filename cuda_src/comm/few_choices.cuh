@@ -4,6 +4,7 @@
 
 #include "comm/choice_tables.cuh"
 #include "comm/low_latency.cuh"
+#include "comm/row_parts.cuh"
 #include "common/types.cuh"
 
 namespace epcomm::comm {
@@ -70,22 +71,6 @@ __device__ __forceinline__ void number(const LowLatencyCall& call, const LowLate
   }
 }
 
-// Whose a choice is, and where its source's begin.
-__device__ __forceinline__ u32 source_of(const LowLatencyCall& call, const LowLatencyShape* headers,
-                                         u32 i, u32* begin) {
-  u32 source = 0, end = 0;
-  *begin = 0;
-#pragma unroll
-  for (u32 s = 0; s + 1 < kNumRanks; ++s) {
-    end += headers[s].num_tokens * call.shape.num_topk;
-    if (i >= end) {
-      source = s + 1;
-      *begin = end;
-    }
-  }
-  return source;
-}
-
 // The choice that a thread reads, of all sources': the last threads the first, as the first wait
 // for headers.
 __device__ __forceinline__ u32 first_few() { return blockDim.x - 1 - threadIdx.x; }
@@ -113,10 +98,11 @@ __device__ __forceinline__ ptx::U64Pair guess_entry(const LowLatencyCall& call, 
   const u32 source = i / number;
   const u64* cells = slab::table(call.slabs, call.rank, round.slot, source) +
                      (i - source * number) * slab::kEntryWords;
-  while (true) {
+  for (u32 spins = 0;; ++spins) {
     const bool is_last = ptx::ld_acquire_cta_shared_u32(&arrivals->has_headers) != 0;
     entry = look_at_entry<kHasWeights>(cells);
     if (is_last || is_entry_there<kHasWeights>(entry, round.epoch)) return entry;
+    if (spins > kSpinsBeforeSleep) ptx::sleep_ns(50);
   }
 }
 
@@ -127,17 +113,16 @@ template <bool kHasWeights, typename Use>
 __device__ __forceinline__ bool read_few_entries(const LowLatencyCall& call, const Round& round,
                                                  const LowLatencyShape* headers, ptx::U64Pair entry,
                                                  Arrivals* arrivals, Use use) {
-  u32 end = 0;
+  const EntryEnds ends(call, headers);
   bool is_guess = true;
 #pragma unroll
   for (u32 source = 0; source < kNumRanks; ++source) {
-    end += headers[source].num_tokens * call.shape.num_topk;
     is_guess = is_guess && headers[source].num_tokens == call.shape.num_tokens;
   }
 #pragma unroll 1
-  for (u32 i = first_few(); i < end; i += blockDim.x) {
+  for (u32 i = first_few(); i < ends.last(); i += blockDim.x) {
     u32 begin;
-    const u32 source = source_of(call, headers, i, &begin);
+    const u32 source = ends.source_of(i, &begin);
     const u64* cells =
         slab::table(call.slabs, call.rank, round.slot, source) + (i - begin) * slab::kEntryWords;
     if (!is_guess || !is_entry_there<kHasWeights>(entry, round.epoch)) {

@@ -10,6 +10,8 @@
 // Slots. Call n uses slot n % 2. A rank writes into a peer's slot only when the peer has posted
 // that it received the slot's last call. A kernel posts, before it waits for anything, what earlier
 // kernels of its rank have received: at the latest, the kernel that sends call n + 2 posts call n.
+// So a rank is at most one call ahead of its peers: it sends call n + 2 once they have begun n + 1,
+// or called n's hook and begun any other.
 //
 // Ordering:
 //   reads of a slot -> end of the kernel -> a later kernel of the stream -> release of received, by
@@ -202,17 +204,17 @@ __device__ __forceinline__ Awaited await(const LowLatencyCall& call, Phase phase
   return await_slowly(call, phase, peer, epoch, cell);
 }
 
-// A part of a row, by all lanes of a warp. Masks who does not send it.
-__device__ inline Outcome await_part(const LowLatencyCall& call, const Round& round, u32 peer,
-                                     u32 line, u32 item) {
+// A part of a row from a source, by all lanes of a warp. Masks who does not send it.
+__device__ inline Outcome await_part(const LowLatencyCall& call, const Round& round, u32 source,
+                                     u32 item) {
   u32 outcome = 0;
   if (lane_index() == 0) {
-    const u32* flag = slab::flags(call.slabs, call.rank, round.slot, line) + item;
-    outcome = static_cast<u32>(await(call, kLowLatencyRows, peer, round.epoch, flag).outcome);
+    const u32* flag = slab::flags(call.slabs, call.rank, round.slot, source) + item;
+    outcome = static_cast<u32>(await(call, kLowLatencyRows, source, round.epoch, flag).outcome);
   }
   outcome = __shfl_sync(kFullWarp, outcome, 0);
   __syncwarp();  // a shuffle orders no memory: what one lane acquired, all will read
-  if (static_cast<Outcome>(outcome) == Outcome::kMissing) mask(call, peer);
+  if (static_cast<Outcome>(outcome) == Outcome::kMissing) mask(call, source);
   return static_cast<Outcome>(outcome);
 }
 

@@ -19,6 +19,7 @@
 #include "comm/choice_tables.cuh"
 #include "comm/few_choices.cuh"
 #include "comm/low_latency.cuh"
+#include "comm/row_parts.cuh"
 #include "common/types.cuh"
 #include "ptx/convert.cuh"
 
@@ -459,20 +460,30 @@ struct Sources {
   comm::Arrivals arrivals;
 };
 
-// Waits for what sources say of their calls, and looks at their choices where these may be few. By
-// all threads; false, to all of them, where the call may not go on.
+// Waits for what sources say of their calls, and looks at their choices where these may be few.
+// By all threads; false, to all of them, where the call may not go on.
+//   taking_part  the sources that take part, as bits
 __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
                                              const comm::Round& round, bool tries_few,
-                                             Sources* sources, ptx::U64Pair* entry) {
-  if (threadIdx.x == 0) sources->arrivals = {round.masked, 0, 0};
-  __syncthreads();
-  const bool is_good =
-      comm::read_headers(call, round, ~round.masked, sources->headers, &sources->arrivals, [&] {
-        if (tries_few) *entry = comm::guess_entry<true>(call, round, &sources->arrivals);
-      });
-  const u32 missing = sources->arrivals.missing;
-  if (threadIdx.x < kNumRanks && (missing >> threadIdx.x) & 1) comm::mask(call, threadIdx.x);
-  return is_good;
+                                             Sources* sources, ptx::U64Pair* entry,
+                                             u32* taking_part) {
+  constexpr u32 kAll = (1u << kNumRanks) - 1;
+  comm::Arrivals* arrivals = &sources->arrivals;
+  u32 wanted = kAll & ~round.masked;
+  while (true) {
+    if (threadIdx.x == 0) *arrivals = {~wanted, 0, 0, 0};
+    __syncthreads();
+    if (!comm::read_headers(call, round, wanted, sources->headers, arrivals, [&] {
+          if (tries_few) *entry = comm::guess_entry<true>(call, round, arrivals);
+        })) {
+      return false;
+    }
+    const u32 seen = kAll & ~arrivals->missing;
+    *taking_part =
+        call.can_mask ? comm::agree_on_sources(call, round, seen, &arrivals->taking_part) : seen;
+    if ((*taking_part & ~seen) == 0) return true;
+    wanted = *taking_part;  // what only another block waited for long enough is there
+  }
 }
 
 }  // namespace epcomm
@@ -508,7 +519,8 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   }
   if (tries_few) comm::clear(call, &tables.few);
   ptx::U64Pair entry_seen = {};
-  bool is_good = find_sources(call, round, tries_few, &sources, &entry_seen);
+  u32 taking_part = 0;
+  bool is_good = find_sources(call, round, tries_few, &sources, &entry_seen, &taking_part);
   if (is_good && tries_few && comm::are_few(call, sources.headers)) {
     comm::Few& few = tables.few;
     if (threadIdx.x == 0) comm::number(call, sources.headers, &few);
@@ -521,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   }
   if (is_good && call.phases & comm::kSends) {
     is_good = comm::for_each_part<true>(
-        call, round, ~(sources.arrivals.missing | round.masked), sources.headers, nullptr,
+        call, round, taking_part, sources.headers, nullptr,
         reinterpret_cast<comm::Span*>(shared_memory), &tables.chunk, &sources.arrivals,
         [&](u32 source, u32 expert) {
           const u32 i = expert * kNumRanks + source;

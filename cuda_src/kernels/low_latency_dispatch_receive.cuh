@@ -4,29 +4,16 @@
 #include "comm/choice_tables.cuh"
 #include "comm/few_choices.cuh"
 #include "comm/low_latency.cuh"
+#include "comm/row_parts.cuh"
 #include "common/types.cuh"
 #include "kernels/low_latency_dispatch_rows.cuh"
 
 namespace epcomm {
 
-// Whether a source takes part in this call: the first block to know says so, and all follow.
-__device__ inline bool decide(const comm::LowLatencyCall& call, u32 epoch, u32 source,
-                              bool is_here) {
-  u64* verdict = &call.state->verdicts[source];
-  u64 before = *static_cast<volatile u64*>(verdict);
-  while (static_cast<u32>(before >> 32) != epoch) {
-    const u64 found = atomicCAS(verdict, before, comm::cell_of(epoch, is_here));
-    if (found == before) return is_here;
-    before = found;
-  }
-  return (before & 1) != 0;
-}
-
 // In shared memory.
 struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
   comm::Arrivals arrivals;
-  u32 taking_part;  // as bits
   u32 num_entries;
   u32 are_few;             // and not counted, but in Few
   u16 kept[kKeptEntries];  // all sources' choices, where they are no more
@@ -37,13 +24,13 @@ struct Sources {
 __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const comm::Round& round,
                                   u32 wanted, Sources* sources, u32* counts, comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
-  const u32 num_local = num_local_experts(call), num_topk = call.shape.num_topk;
+  const u32 num_local = num_local_experts(call);
   comm::Arrivals* arrivals = &sources->arrivals;
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < kNumRanks * num_local; i += blockDim.x) counts[i] = 0;
   const bool may_be_few = comm::may_be_few(call) && slot_row_bytes(params) <= kMaxCellRowBytes;
   if (may_be_few) comm::clear(call, few);
-  if (threadIdx.x == 0) *arrivals = {~wanted, 0, 0};
+  if (threadIdx.x == 0) *arrivals = {~wanted, 0, 0, 0};
   __syncthreads();
   ptx::U64Pair entry = {};
   if (!comm::read_headers(call, round, wanted, sources->headers, arrivals, [&] {
@@ -51,15 +38,10 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
       })) {
     return false;
   }
-  u32 ends[kNumRanks], end = 0;
-#pragma unroll
-  for (u32 source = 0; source < kNumRanks; ++source) {
-    end += sources->headers[source].num_tokens * num_topk;
-    ends[source] = end;
-  }
+  const comm::EntryEnds ends(call, sources->headers);
   const bool are_few = may_be_few && comm::are_few(call, sources->headers);
   if (threadIdx.x == 0) {
-    sources->num_entries = end;
+    sources->num_entries = ends.last();
     sources->are_few = are_few;
     if (are_few) comm::number(call, sources->headers, few);
   }
@@ -71,23 +53,11 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
           comm::keep(call, few, i, static_cast<u32>(expert) - call.rank * num_local);
         });
   }
-  auto source_of = [&ends](u32 i, u32* begin) {
-    u32 source = 0;
-    *begin = 0;
-#pragma unroll
-    for (u32 s = 0; s + 1 < kNumRanks; ++s) {
-      if (i >= ends[s]) {
-        source = s + 1;
-        *begin = ends[s];
-      }
-    }
-    return source;
-  };
   comm::read_entries<false>(
-      call, round, 0, end, arrivals,
+      call, round, 0, ends.last(), arrivals,
       [&](u32 i, u32* whose) {
         u32 begin;
-        *whose = source_of(i, &begin);
+        *whose = ends.source_of(i, &begin);
         return slab::table(call.slabs, call.rank, round.slot, *whose) +
                (i - begin) * slab::kEntryWords;
       },
@@ -97,7 +67,8 @@ __device__ inline bool count_rows(const LowLatencyDispatchParams& params, const 
         if (i < kKeptEntries) sources->kept[i] = is_here ? static_cast<u16>(local) : comm::kNotHere;
         if (!is_here) return;
         u32 begin;
-        atomicAdd(&counts[source_of(i, &begin) * num_local + local], 1u);
+        const u32 source = ends.source_of(i, &begin);
+        atomicAdd(&counts[source * num_local + local], 1u);
       });
   __syncthreads();
   return arrivals->has_failed == 0;
@@ -113,25 +84,13 @@ __device__ __forceinline__ bool find_sources(const LowLatencyDispatchParams& par
   u32 wanted = kAll & ~round.masked;
   while (true) {
     if (!count_rows(params, round, wanted, sources, counts, few)) return false;
-    const u32 seen = kAll & ~sources->arrivals.missing;
     if (!call.can_mask) return true;
-    if (warp_index() == 0) {
-      const u32 source = lane_index();
-      bool takes_part = false;
-      if (source < kNumRanks) {
-        takes_part = decide(call, round.epoch, source, (seen >> source) & 1);
-        if (!takes_part && source != call.rank) comm::mask(call, source);
-      }
-      const u32 bits = __ballot_sync(kFullWarp, takes_part);
-      if (source == 0) sources->taking_part = bits;
-    }
-    __syncthreads();
-    const u32 taking_part = sources->taking_part;
-    // Another block may have seen a source that this one did not wait for long enough: it is there
-    // now. And what came of a source that is missing was counted: not the next time.
-    const bool has_all = taking_part == seen && taking_part == wanted;
-    __syncthreads();
-    if (has_all) return true;
+    const u32 seen = kAll & ~sources->arrivals.missing;
+    const u32 taking_part =
+        comm::agree_on_sources(call, round, seen, &sources->arrivals.taking_part);
+    if (taking_part == seen && taking_part == wanted) return true;
+    // What came of a source that is missing was counted: not the next time. And one that only
+    // another block waited for long enough has come whole.
     wanted = taking_part;
   }
 }
@@ -258,8 +217,7 @@ __device__ __forceinline__ void receive_from_slot(const LowLatencyDispatchParams
                                                   const comm::Part& part) {
   constexpr u32 kUnroll = 4;
   const comm::LowLatencyCall& call = params.call;
-  const comm::Outcome outcome =
-      comm::await_part(call, round, part.source, part.source, part.item());
+  const comm::Outcome outcome = comm::await_part(call, round, part.source, part.item());
   if (outcome == comm::Outcome::kFailed) return;
   const bool is_here = outcome == comm::Outcome::kArrived;
   const u8* row = slot_row(params, round, call.rank, part.source, part.token);
@@ -355,6 +313,7 @@ __device__ __forceinline__ void receive_cells(const LowLatencyDispatchParams& pa
       found = comm::await(call, comm::kLowLatencyCells, part.source, round.epoch, cell);
     }
     if (found.outcome == comm::Outcome::kFailed) return;
+    if (found.outcome == comm::Outcome::kMissing) comm::mask(call, part.source);
     give_scale(params, part, k, found.word);
   }
 }

@@ -55,7 +55,7 @@ __device__ __forceinline__ u32* flags(const LowLatencySlabs& slabs, u32 rank, u3
          (slot * kMaxLowLatencyTopk + line) * kMaxLowLatencyTokens;
 }
 
-// [2 * kMaxCellRowBytes] {word, epoch}: a row of a line, of a rank with few tokens, and nothing
+// [kMaxCellRowBytes / 4] {epoch, word}: a row of a line, of a rank with few tokens, and nothing
 // else ever.
 __device__ __forceinline__ u64* cell_row(const LowLatencySlabs& slabs, u32 rank, u32 slot, u32 line,
                                          u32 token) {

@@ -26,7 +26,7 @@ _PHASES = {
     3: "dispatch: lists",
     4: "dispatch: staged rows",
     5: "combine: rows",
-    6: "low latency: hooks of an earlier call",
+    6: "low latency: receiving of an earlier call (its hook, or the rank's next call)",
     7: "low latency: choices",
     8: "low latency: rows",
     9: "low latency: rows",  # of few tokens

@@ -58,7 +58,7 @@ WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW = (case.name for case in low_latenc
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
-_CHOICES = "comm/choices.cuh"
+_CHOICES, _PARTS = "comm/choices.cuh", "comm/row_parts.cuh"
 _FEW = "comm/few_choices.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_SEND = "kernels/low_latency_dispatch_send.cuh"
@@ -331,21 +331,21 @@ FAULTS = (
     ),
     Fault(
         "low latency: tokens before a chunk are counted again",
-        _TABLES,
+        _PARTS,
         "counted = token = next;",
         "token = next;",
         "most choices",
     ),
     Fault(
         "low latency: a token's choices are taken backwards",
-        _TABLES,
+        _PARTS,
         "choices[__popc(here & ((1u << lane) - 1))] = own;",
         "choices[__popc(here >> lane) - 1] = own;",
         "most choices",
     ),
     Fault(
         "low latency: choices are placed while others are still read",
-        _TABLES,
+        _PARTS,
         "  const u32 here = __ballot_sync(kFullWarp, is_here);\n  __syncwarp();\n",
         "  const u32 here = __ballot_sync(kFullWarp, is_here);\n",
         WATCHED_DECODING,
@@ -390,7 +390,7 @@ FAULTS = (
     Fault(
         "low-latency dispatch: rows are not waited for",
         _LL_RECEIVE,
-        "comm::await_part(call, round, part.source, part.source, part.item());",
+        "comm::await_part(call, round, part.source, part.item());",
         "comm::Outcome::kArrived;",
         "two ranks, fp8",
     ),
@@ -460,7 +460,7 @@ FAULTS = (
     ),
     Fault(
         "low latency: a source's kept choices are those of the first",
-        _TABLES,
+        _PARTS,
         "kept + range.first_entry",
         "kept",
         "two ranks, bf16",

@@ -27,6 +27,7 @@ PHASES = {
     6: "received",
     7: "tables",
     8: "low-latency rows",
+    9: "low-latency cells",
 }
 FAILURES = {
     1: "timeout",
