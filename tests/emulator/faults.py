@@ -63,7 +63,9 @@ _FEW = "comm/few_choices.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_SEND = "kernels/low_latency_dispatch_send.cuh"
 _LL_RECEIVE = "kernels/low_latency_dispatch_receive.cuh"
-_LL_COMBINE = "kernels/low_latency_combine.cu"
+_LL_SUM = "kernels/low_latency_combine_receive.cuh"
+_LL_RETURN = "kernels/low_latency_combine_send.cuh"
+_LL_FEW = "kernels/low_latency_combine_few.cuh"
 
 FAULTS = (
     Fault(
@@ -417,28 +419,28 @@ FAULTS = (
     ),
     Fault(
         "low-latency combine: a flag is raised before all lanes have written",
-        _LL_COMBINE,
+        _LL_RETURN,
         "  comm::group_barrier();\n",
         "",
         "three ranks, odd rows",
     ),
     Fault(
         "low-latency combine: what one lane acquired is not the warp's",
-        _LL_COMBINE,
+        _LL_SUM,
         "  __syncwarp();  // a vote orders no memory",
         "  // a vote orders no memory",
         WATCHED_DECODING,
     ),
     Fault(
         "low-latency combine: weights are off",
-        _LL_COMBINE,
+        _LL_RETURN,
         "ptx::as_float(choices[i].weight)",
         "ptx::as_float(choices[i].weight + 1)",
         "two ranks, bf16",
     ),
     Fault(
         "low-latency combine: rows are not waited for",
-        _LL_COMBINE,
+        _LL_SUM,
         "      outcome = "
         "comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;",
         "      outcome = flag != nullptr ? comm::Outcome::kArrived : outcome;",
@@ -467,7 +469,7 @@ FAULTS = (
     ),
     Fault(
         "low-latency combine: cells are not waited for",
-        _LL_COMBINE,
+        _LL_SUM,
         "if (late == nullptr) break;",
         "break;",
         "eight ranks",
@@ -509,7 +511,7 @@ FAULTS = (
     ),
     Fault(
         "low-latency combine, few tokens: rows begin where the first source's do",
-        _LL_COMBINE,
+        _LL_FEW,
         "ranges[local * kNumRanks + source];",
         "ranges[local * kNumRanks];",
         "few tokens",

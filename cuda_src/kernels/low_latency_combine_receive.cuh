@@ -1,0 +1,159 @@
+// Receiving of low_latency_combine.cu: whom a token's rows come from, and their sum.
+#pragma once
+
+#include "comm/low_latency.cuh"
+#include "common/types.cuh"
+#include "kernels/low_latency_combine_rows.cuh"
+
+namespace epcomm {
+
+// Lines that a token's rows come in, by lane: whom from, and with what weight.
+struct Line {
+  bool is_used;
+  u32 holder;
+  float weight;
+};
+
+// This lane's line of a token, of which it has a choice. By all lanes of a warp.
+__device__ __forceinline__ Line line_of(const comm::LowLatencyCall& call, u32 expert, u32 weight) {
+  const u32 lane = lane_index();
+  const bool is_chosen = static_cast<i32>(expert) >= 0;
+  const u32 holder = is_chosen ? expert / num_local_experts(call) : kNumRanks;
+  if (call.shape.format == kByExpert) return {is_chosen, holder, ptx::as_float(weight)};
+  u32 ranks = 0;
+#pragma unroll
+  for (u32 rank = 0; rank < kNumRanks; ++rank) {
+    if (__any_sync(kFullWarp, holder == rank)) ranks |= 1u << rank;
+  }
+  return {lane < kNumRanks && ((ranks >> lane) & 1) != 0, lane, 1.0f};
+}
+
+// Reads a token's choices, as this rank sent them to itself. By all lanes of a warp.
+__device__ inline Line own_line(const LowLatencyCombineParams& params, const comm::Round& round,
+                                u32 token) {
+  const comm::LowLatencyCall& call = params.call;
+  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
+  u32 expert = ~0u, weight = 0;
+  if (lane < num_topk) {
+    const u64* cells = slab::table(call.slabs, call.rank, round.slot, call.rank) +
+                       (token * num_topk + lane) * slab::kEntryWords;
+    const ptx::U64Pair entry = ptx::ld_relaxed_sys_u64x2(cells);
+    comm::Awaited found[2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      found[i] = {comm::Outcome::kArrived, static_cast<u32>(entry.value[i])};
+      if (static_cast<u32>(entry.value[i] >> 32) != round.epoch) {
+        found[i] =
+            comm::await_slowly(call, comm::kLowLatencyTables, call.rank, round.epoch, cells + i);
+      }
+    }
+    if (found[0].outcome == comm::Outcome::kArrived) expert = found[0].word;
+    weight = found[1].word;
+  }
+  return line_of(call, expert, weight);
+}
+
+// Sums a part of one of this rank's tokens whose rows come in cells, from the ranks of `lines`. By
+// all threads of a group.
+__device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
+                                          const comm::Round& round, u32 item, u32 lines) {
+  constexpr u32 kBatch = 4;
+  const comm::LowLatencyCall& call = params.call;
+  const u32 num_parts = call.shape.num_parts, token = item / num_parts;
+  u8* out = params.out + u64(token) * row_bytes_of(params);
+  const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
+#pragma unroll 1
+  for (u32 at = vectors.first; at < vectors.end; at += kStep) {
+    Sums sums;
+#pragma unroll
+    for (u32 first = 0; first < kNumRanks; first += kBatch) {
+      comm::VecCells seen[kBatch];
+      while (true) {
+        const u64* late = nullptr;
+        u32 peer = 0;
+#pragma unroll
+        for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+          if (((lines >> rank) & 1) == 0) continue;
+          u64* row = slab::cell_row(call.slabs, call.rank, round.slot, rank, token);
+          seen[rank - first] = comm::look_at_cells(row, at);
+        }
+#pragma unroll
+        for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+          if (late != nullptr || ((lines >> rank) & 1) == 0) continue;
+          u64* row = slab::cell_row(call.slabs, call.rank, round.slot, rank, token);
+          late = comm::late_cell(row, at, seen[rank - first], round.epoch);
+          peer = rank;
+        }
+        if (late == nullptr) break;
+        const comm::Outcome outcome = comm::await_cell(call, round, peer, late);
+        if (outcome == comm::Outcome::kFailed) return;
+        if (outcome == comm::Outcome::kMissing) lines &= ~(1u << peer);
+      }
+#pragma unroll
+      for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+        if ((lines >> rank) & 1) sums.add(comm::words_of(seen[rank - first]));
+      }
+    }
+    ptx::st_no_allocate_vec16(out + at, sums.rounded());
+  }
+}
+
+// Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
+__device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
+                                         const comm::Round& round, u32 item) {
+  const comm::LowLatencyCall& call = params.call;
+  const u32 num_parts = call.shape.num_parts, token = item / num_parts;
+  const Line line = own_line(params, round, token);
+  const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
+  comm::Outcome outcome = comm::Outcome::kMissing;
+  if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
+    outcome = comm::Outcome::kArrived;
+    if (!is_in_cells) {
+      const u32* flag = slab::flags(call.slabs, call.rank, round.slot, lane_index()) + item;
+      outcome = comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;
+    }
+    if (outcome == comm::Outcome::kMissing) comm::mask(call, line.holder);
+  }
+  const u32 lines = __ballot_sync(kFullWarp, outcome == comm::Outcome::kArrived);
+  __syncwarp();  // a vote orders no memory: what one lane acquired, all will read
+  if (__any_sync(kFullWarp, outcome == comm::Outcome::kFailed)) return;
+  if (is_in_cells) {
+    sum_cells(params, round, item, lines);
+    return;
+  }
+  const u64 line_bytes = u64(call.shape.num_max_tokens) * row_bytes_of(params);
+  const u8* rows = slot_row(params, round, call.rank, 0, token);
+  u8* out = params.out + u64(token) * row_bytes_of(params);
+  const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
+  const bool is_by_rank = call.shape.format == kByRank;
+  // All lanes go round alike: weights come from other lanes.
+#pragma unroll 1
+  for (u32 at = vectors.first; __any_sync(kFullWarp, at < vectors.end); at += kStep) {
+    const bool is_inside = at < vectors.end;
+    Sums sums;
+    if (is_by_rank) {
+      Vec16 v[kNumRanks];
+#pragma unroll
+      for (u32 rank = 0; rank < kNumRanks; ++rank) {
+        if (is_inside && (lines >> rank) & 1) {
+          v[rank] = ptx::ld_no_allocate_vec16(rows + rank * line_bytes + at);
+        }
+      }
+#pragma unroll
+      for (u32 rank = 0; rank < kNumRanks; ++rank) {
+        if (is_inside && (lines >> rank) & 1) sums.add(v[rank]);
+      }
+    } else {
+#pragma unroll 1
+      for (u32 k = 0; k < call.shape.num_topk; ++k) {
+        const float weight = __shfl_sync(kFullWarp, line.weight, k);
+        if (is_inside && (lines >> k) & 1) {
+          sums.add(ptx::ld_no_allocate_vec16(rows + k * line_bytes + at), weight);
+        }
+      }
+    }
+    if (is_inside) ptx::st_no_allocate_vec16(out + at, sums.rounded());
+  }
+}
+
+}  // namespace epcomm
