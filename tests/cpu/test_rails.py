@@ -51,6 +51,11 @@ def test_stuck_node_ends_the_others(mpiexec: Mpiexec, place: str) -> None:
     between_nodes(mpiexec, "rails_fail", 4, 2, "stuck", place, timeout_s=30)
 
 
+@pytest.mark.parametrize("place", ["routes", "rows", "sums"])
+def test_a_refusal_in_the_middle_of_a_call_breaks_the_buffer(mpiexec: Mpiexec, place: str) -> None:
+    between_nodes(mpiexec, "rails_fail", 4, 2, "refuses", place, timeout_s=30)
+
+
 @pytest.mark.parametrize("who", ["node", "rank"])
 def test_absent_ranks_are_named(mpiexec: Mpiexec, who: str) -> None:
     between_nodes(mpiexec, "rails_fail", 4, 2, "absent", who, timeout_s=30)

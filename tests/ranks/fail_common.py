@@ -117,10 +117,13 @@ class Arrays:
 arrays = Arrays()
 
 
-def dispatch(buffer: Buffer, seed: int) -> tuple[Any, ...]:
+def dispatch(buffer: Buffer, seed: int, **options: Any) -> tuple[Any, ...]:
     """Dispatch this rank's inputs; returns what `Buffer.dispatch` does."""
     x, idx, weights = arrays.give(*make_inputs(seed, buffer.rank, buffer.group_size))
-    return buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=2 * buffer.group_size)
+    num_experts = 2 * buffer.group_size
+    return buffer.dispatch(
+        x, topk_idx=idx, topk_weights=weights, num_experts=num_experts, **options
+    )
 
 
 def check_round(buffer: Buffer, seed: int) -> None:

@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -113,6 +113,16 @@ def _current() -> FakeStream:
     return _of_thread.stream
 
 
+def _depth() -> int:
+    depth: int = getattr(_of_thread, "depth", 0)
+    return depth
+
+
+def _check_active() -> None:
+    """Hold whoever allocates to do it while the GPU is current."""
+    assert _depth() > 0, "another GPU may be current here: allocate inside active()"
+
+
 def _wait(stream: int, event: FakeEvent) -> None:
     _streams[stream].add(event.synchronize)
 
@@ -145,18 +155,25 @@ class FakeCopies:
         self.num_unread = self.num_waits = self.num_bytes = 0
         self._pool: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
 
-    def active(self) -> AbstractContextManager[None]:
-        """See `Copies.active`."""
-        return nullcontext()
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """See `Copies.active`: of the thread, as a GPU is current."""
+        _of_thread.depth = _depth() + 1
+        try:
+            yield
+        finally:
+            _of_thread.depth -= 1
 
     def empty_on_host(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """See `Copies.empty_on_host`."""
+        _check_active()
         pool = self._pool[num_bytes]
         raw = pool.pop() if pool else poison(np.empty(num_bytes, np.uint8))
         return np.asarray(_Held(raw, lambda raw: pool.append(poison(raw))))
 
     def empty_on_device(self, num_bytes: int) -> Any:
         """See `Copies.empty_on_device`."""
+        _check_active()
         memory = poison(np.empty(num_bytes, np.uint8))
         return mock.Mock(ptr=memory.ctypes.data, memory=memory)
 
@@ -189,6 +206,7 @@ class FakeRowCopies(FakeCopies):
 
     def new_stream(self) -> FakeStream:
         """See `RowCopies.new_stream`."""
+        _check_active()
         return FakeStream()
 
     def empty_in_pool(self, num_bytes: int) -> Any:
@@ -197,6 +215,7 @@ class FakeRowCopies(FakeCopies):
 
     def bytes_on_device(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """See `RowCopies.bytes_on_device`."""
+        _check_active()
         return poison(np.empty(num_bytes, np.uint8))
 
     def address(self, memory: npt.NDArray[np.uint8]) -> int:

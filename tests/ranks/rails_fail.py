@@ -20,7 +20,14 @@ import pytest
 from fail_common import check_round
 from fake_gpu import FakeFrame
 
-from epcomm import Buffer, CommTimeout, EpcommError, TransportError, UnsupportedConfig
+from epcomm import (
+    Buffer,
+    CommTimeout,
+    EpcommError,
+    InvalidArgument,
+    TransportError,
+    UnsupportedConfig,
+)
 from epcomm.engines import device_exchange, device_rail_moves, rail_moves, rails
 
 #: Node 1 is the odd one; the rail peers of ranks 0 and 1 are these.
@@ -102,6 +109,31 @@ def check_new_buffer(comm: Any) -> None:
     buffer.destroy()
 
 
+def check_refuses(comm: Any, place: str) -> None:
+    """A refusal breaks the Buffer where others wait for what was not sent, and not before."""
+    buffer = Buffer(comm, timeout_s=TIMEOUT_S)
+    error_of(lambda: common.dispatch(buffer, 0, num_worst_tokens=1), InvalidArgument)
+    recv_x, *_, handle, _ = common.dispatch(buffer, 0)
+    x = np.zeros((handle.num_tokens, recv_x.shape[1]), recv_x.dtype)
+    calls = {
+        "routes": lambda: common.dispatch(buffer, 1),
+        "rows": lambda: buffer.dispatch(x, handle=handle),
+        "sums": lambda: buffer.combine(recv_x, handle),
+    }
+
+    def refuse() -> None:
+        raise InvalidArgument("This is refused. Do not.")
+
+    if comm.rank in ODD:
+        before(place, refuse)
+    error_of(calls[place], InvalidArgument if comm.rank in ODD else TransportError)
+    later = str(error_of(lambda: check_round(buffer, 2), TransportError))
+    assert "an earlier call on this Buffer failed (" in later
+    assert comm.rank not in ODD or "(This is refused)" in later
+    comm.Barrier()
+    buffer.destroy()
+
+
 def check_absent(comm: Any, who: str) -> None:
     """A node, or one of its ranks, does not make a call: all others learn who."""
     absent = ODD if who == "node" else ODD[1:]
@@ -111,6 +143,7 @@ def check_absent(comm: Any, who: str) -> None:
     if comm.rank not in absent:
         error = error_of(lambda: common.dispatch(buffer, 1), CommTimeout)
         assert error.phase == "dispatch: arrival"
+        assert error.rank == comm.rank
         assert error.peers[0] in absent, error
         if who == "node" and comm.rank == 0:
             assert error.peers == (2,)
@@ -202,6 +235,7 @@ CHECKS = {
     "absent": check_absent,
     "killed": check_killed,
     "refused": check_refused,
+    "refuses": check_refuses,
     "cut": check_cut,
     "unequal": check_unequal,
 }
