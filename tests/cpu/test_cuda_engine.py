@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from epcomm.arrays import view_numpy
+from epcomm.arrays import empty_aligned, view_numpy
+from epcomm.cuda_layout import MAX_LOCAL_EXPERTS
 from epcomm.engines import cuda_failures, cuda_params
-from epcomm.engines.base import CombineRequest
-from epcomm.errors import InvalidArgument, RankMismatch
+from epcomm.engines.base import CombineRequest, DispatchInto, DispatchRequest, LayoutViews, TopK
+from epcomm.errors import CommTimeout, InvalidArgument, RankMismatch, TransportError
 from epcomm.handle import DispatchHandle
 
 cuda = pytest.importorskip("epcomm.engines.cuda", reason="CuPy is not installed")
 
-MISMATCH, BAD_EXPERT, EXPERT_TWICE = 3, 5, 6
+TIMEOUT, MISMATCH, BAD_EXPERT, EXPERT_TWICE = 1, 3, 5, 6
+LIST_TOKENS = 100
 
 
 @pytest.fixture
@@ -93,3 +95,120 @@ def test_threads_that_share_a_gpu_share_its_multiprocessors(engine: Any) -> None
     engine._room.slabs.num_sharing = 8
     assert engine._num_blocks(None) == 16
     assert engine._num_blocks(12) == 12
+
+
+# --- in a node of a larger group ---------------------------------------------------------------
+
+
+def test_a_peer_thread_that_raised_ends_the_wait_for_counts(engine: Any) -> None:
+    def check() -> None:
+        raise TransportError("rank 1 has failed")
+
+    engine._group.check = check
+    with pytest.raises(TransportError, match="rank 1 has failed"):
+        engine._wait_counts(3)
+
+
+def test_ranks_are_named_as_in_the_whole_group(engine: Any) -> None:
+    engine._names, engine._timeout_s = (4, 6), -5.0  # in the past
+    with pytest.raises(CommTimeout) as caught:
+        engine._wait_counts(3)
+    assert (caught.value.rank, caught.value.peers) == (4, ())
+    engine._record["failure"], engine._record["peer"] = TIMEOUT, 1
+    with pytest.raises(CommTimeout) as caught:
+        engine.check_failed("rows")
+    assert (caught.value.rank, caught.value.peers) == (4, (6,))
+
+
+def make_request(num_ranks: int = 0, num_experts: int = 8, **options: Any) -> DispatchRequest:
+    """Return a request of 4 tokens; with a layout over so many ranks, or none."""
+    idx = np.zeros((4, 3), np.int64)
+    layout = None
+    if num_ranks:
+        shapes = ((num_ranks,), (num_experts,), (4, num_ranks))
+        per_rank, per_expert, in_rank = (view_numpy(np.zeros(shape, np.int32)) for shape in shapes)
+        layout = LayoutViews(per_rank, None, per_expert, in_rank)
+    return DispatchRequest(
+        data=view_numpy(empty_aligned((4, 64), np.dtype(np.float32))),
+        scales=None,
+        layout=layout,
+        topk=TopK(view_numpy(idx), view_numpy(idx.astype(np.float32))),
+        handle=None,
+        expert_alignment=1,
+        num_worst_tokens=0,
+        num_sms=None,
+        allocate=lambda *args: pytest.fail("an output was allocated"),
+        num_experts=0 if num_ranks else num_experts,
+        **options,
+    )
+
+
+@pytest.fixture
+def part_engine(engine: Any) -> Any:
+    """Of a node of two among four ranks; lists have room for LIST_TOKENS."""
+
+    def check_tokens(num_tokens: int, staged_row_bytes: int) -> None:
+        if num_tokens > LIST_TOKENS:
+            raise InvalidArgument(f"x has {num_tokens} tokens")
+
+    engine._has_bulk = True
+    engine._room.check_tokens = check_tokens
+    return engine
+
+
+def test_a_part_is_refused_before_anything_is_sent(part_engine: Any) -> None:
+    """Other nodes could not be told any more: experts a rank, and tokens of any rank."""
+    fits = make_request(4, 4 * MAX_LOCAL_EXPERTS)
+    part_engine.check_part(fits, LIST_TOKENS)
+    with pytest.raises(InvalidArgument, match=f"x has {LIST_TOKENS + 1} tokens"):
+        part_engine.check_part(fits, LIST_TOKENS + 1)
+    with pytest.raises(InvalidArgument, match="num_experts is"):
+        part_engine.check_part(make_request(4, 4 * MAX_LOCAL_EXPERTS + 4), 4)
+
+
+class Launched(Exception):
+    """Carries a kernel's argument."""
+
+
+# An empty array has no address.
+@pytest.mark.parametrize(("makes_layout", "idx_ptr"), [(False, 64), (True, 64), (True, 0)])
+@pytest.mark.parametrize("num_into", [None, 0, 7])
+def test_what_route_is_told(
+    part_engine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    makes_layout: bool,
+    idx_ptr: int,
+    num_into: int | None,
+) -> None:
+    """Who makes the layout, and where is room for all rows that are fetched."""
+    made: list[tuple[int, int]] = []
+
+    def alloc(num_bytes: int) -> Any:
+        made.append((1 << 20, num_bytes))
+        return SimpleNamespace(ptr=1 << 20)
+
+    def launch(*args: Any, params: Any, **options: Any) -> None:
+        raise Launched(np.frombuffer(params.tobytes(), cuda_params.ROUTE)[0])
+
+    monkeypatch.setattr(cuda.cupy.cuda, "alloc", alloc)
+    part_engine._launch = launch
+    part_engine._room.areas = SimpleNamespace(list_tokens=LIST_TOKENS)
+    part_engine._room.call = bytes(cuda_params.CALL.itemsize)
+    part_engine._summary_ptr, part_engine._tickets = 0, iter([5])
+    into = None
+    if num_into is not None:
+        rows = view_numpy(np.zeros((num_into, 64), np.float32))
+        into = DispatchInto(rows, None, None, ())
+    request = make_request(0 if makes_layout else 2, into=into)
+    assert request.topk is not None
+    topk = request.topk._replace(idx=request.topk.idx._replace(ptr=idx_ptr))
+    with pytest.raises(Launched) as caught:
+        part_engine.dispatch(request._replace(topk=topk))
+    told = caught.value.args[0]
+    assert (told["num_tokens"], told["num_experts"], told["ticket"]) == (4, 8, 5)
+    assert told["makes_layout"] == makes_layout == (told["is_token_in_rank"] == 0)
+    choices = (told["topk_idx"], told["num_topk"], told["is_64_bit"])
+    assert choices == ((idx_ptr, 3, 1) if makes_layout else (0, 0, 0))
+    ((ptr, num_bytes),) = made
+    num_rows = (ptr + num_bytes - told["work"]) // 8
+    assert num_rows == (LIST_TOKENS if num_into is None else max(1, num_into))

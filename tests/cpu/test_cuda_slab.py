@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from epcomm import RankMismatch, TransportError, cuda_slab, run_threads
+from epcomm import RankMismatch, TransportError, cuda_layout, cuda_slab, run_threads
 from epcomm.cuda_layout import areas_for
 from epcomm.cuda_slab import CudaSlabs
 from epcomm.group import Group
@@ -132,3 +134,29 @@ def test_a_growth_that_fails_changes_nothing(runtime: FakeRuntime) -> None:
 
     run_threads(fn, 2)
     assert len(runtime.allocated) == 2
+
+
+def test_a_rank_that_gives_up_ends_kernels_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own as well: they may wait for a rank that has been told to end."""
+    from epcomm.engines.cuda_room import Room
+
+    queued: dict[int, int] = {}
+    written: dict[int, int] = {}
+
+    def copy(to: int, source: int, num_bytes: int, kind: int, stream: int) -> None:
+        assert (num_bytes, kind, stream) == (8, 1, 77)
+        queued[to] = ctypes.c_uint64.from_address(source).value
+
+    stream = SimpleNamespace(ptr=77, synchronize=lambda: written.update(queued))
+    fake = SimpleNamespace(
+        runtime=SimpleNamespace(memcpyAsync=copy, memcpyHostToDevice=1),
+        Device=lambda device: nullcontext(),
+        Stream=lambda non_blocking: stream,
+    )
+    monkeypatch.setattr(cupy, "cuda", fake)
+    room: Any = Room.__new__(Room)
+    room._group, room._device = SimpleNamespace(rank=1, size=3), 0
+    room.slabs = SimpleNamespace(ptrs=[0x1000, 0x2000, 0x3000])
+    room.abort_all()
+    offset = cuda_layout.constants(3)["kOffsetAbort"]
+    assert written == {0x1000 + offset: 2, 0x2000 + offset: 2, 0x3000 + offset: 2}

@@ -68,12 +68,14 @@ def test_once_for_each_layout(buffer: Buffer, viewed: list[str], framework: str)
         assert counts == [3, 3, 2, 2]
 
 
-def test_layouts_in_flight(buffer: Buffer) -> None:
+def test_layouts_in_flight(buffer: Buffer, viewed: list[str]) -> None:
     lanes = [arrays(num_tokens) for num_tokens in (5, 7)]
     layouts = [buffer.get_dispatch_layout(idx, NUM_EXPERTS) for _, idx, _ in lanes]
     for inputs, layout in zip(lanes, layouts, strict=True):
+        viewed.clear()
         recv_x, *_ = dispatch(buffer, inputs, layout)
         np.testing.assert_array_equal(recv_x, inputs[0])
+    assert viewed == ["x", "topk_weights"]  # the last layout is known until it is dispatched
 
 
 def test_other_choices_than_those_of_the_layout(buffer: Buffer) -> None:
@@ -113,6 +115,49 @@ def test_tensors_that_were_changed_since(buffer: Buffer) -> None:
     given, known = (layout[0], layout[2], layout[3]), buffer._known_layout
     views = arguments.view_layout(*given, 6, buffer._place, known)
     assert views.num_tokens_per_expert.ptr == layout[2].data_ptr()
+
+
+def test_tensors_of_another_dtype_since(buffer: Buffer) -> None:
+    inputs = arrays(6, torch_tensors())
+    layout = buffer.get_dispatch_layout(inputs[1], NUM_EXPERTS)
+    layout[2].data = layout[2].data.view(inputs[0].dtype)  # in the same memory
+    with pytest.raises(InvalidArgument, match="num_tokens_per_expert is float32"):
+        dispatch(buffer, inputs, layout)
+
+
+def test_tensors_of_other_strides_since(buffer: Buffer) -> None:
+    x, idx, weights = arrays(2, torch_tensors())
+    layout = buffer.get_dispatch_layout(idx, NUM_EXPERTS)
+    idx.t_()  # of the same shape, in the same memory
+    with pytest.raises(InvalidArgument, match="topk_idx"):
+        dispatch(buffer, (x, idx, weights), layout)
+
+
+@pytest.mark.parametrize("makes_layout", [True, False])
+def test_who_makes_the_layout(
+    buffer: Buffer, monkeypatch: pytest.MonkeyPatch, makes_layout: bool
+) -> None:
+    """The engine in dispatch where it can and gets no layout; else the Buffer before."""
+
+    class Seen(Exception):
+        pass
+
+    requests: list[Any] = []
+
+    def see(request: Any) -> Any:
+        requests.append(request)
+        raise Seen
+
+    monkeypatch.setattr(buffer._engine, "makes_layout_in_dispatch", makes_layout, raising=False)
+    monkeypatch.setattr(buffer._engine, "dispatch", see)
+    x, idx, weights = arrays(6)
+    with pytest.raises(Seen):
+        buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=NUM_EXPERTS)
+    with pytest.raises(Seen):
+        dispatch(buffer, (x, idx, weights), buffer.get_dispatch_layout(idx, NUM_EXPERTS))
+    made = [(each.layout is None, each.num_experts) for each in requests]
+    assert made == [(True, NUM_EXPERTS) if makes_layout else (False, 0), (False, 0)]
+    assert all(each.topk is not None for each in requests)
 
 
 def test_nothing_is_kept_once_it_is_dispatched(buffer: Buffer) -> None:
