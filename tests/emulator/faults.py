@@ -399,8 +399,8 @@ FAULTS = (
     Fault(
         "low-latency dispatch: parts wait for the first part's flag",
         _LL_RECEIVE,
-        "part.source, part.source, part.item());",
-        "part.source, part.source, part.token * part.num_parts);",
+        "part.source, part.item());",
+        "part.source, part.token * part.num_parts);",
         "three ranks, packed",
     ),
     Fault(
