@@ -43,7 +43,7 @@ from epcomm.engines.device_rail_routes import (
     Run,
     make_device_routes,
 )
-from epcomm.engines.host import make_layout
+from epcomm.engines.host_layout import make_layout
 from epcomm.engines.rail_routes import RailRoutes
 from epcomm.engines.row_copies import RowCopies
 from epcomm.engines.sections import Sections

@@ -16,8 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm import routing
-from epcomm.arrays import DTYPE_INDEX, ArrayView, view_numpy
+from epcomm.arrays import ArrayView, view_numpy
 from epcomm.board import Board, define_call
+from epcomm.engines.agreed_values import (
+    AGREED_ROWS,
+    AGREED_SUMS,
+    AGREED_TOPK,
+    OWN_TOKENS,
+    combine_values,
+    dispatch_values,
+    row_values,
+)
 from epcomm.engines.base import (
     Allocate,
     CombineRequest,
@@ -33,25 +42,27 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
+from epcomm.engines.host_layout import (
+    check_layout,
+    check_pairs,
+    check_worst_tokens,
+    make_layout,
+)
 from epcomm.engines.host_low_latency import HostLowLatency
 from epcomm.engines.scratch import Scratch
 from epcomm.engines.sections import Sections, as_rows, gather_rows
-from epcomm.errors import InvalidArgument, UnsupportedConfig
+from epcomm.errors import UnsupportedConfig
 from epcomm.group import Group
 from epcomm.handle import DispatchHandle
 from epcomm.slab import HostSlabs
 from epcomm.topology import Topology
 
-_AGREED_ROWS = ("hidden", "dtype", "num_scales", "scales_dtype")
-_AGREED_TOPK = ("num_topk", "topk_dtype", "num_experts", "expert_alignment")
-_OWN = ("num_tokens", "num_worst_tokens")
-_DISPATCH = define_call("dispatch", _AGREED_ROWS + _AGREED_TOPK, _OWN)
-_DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *_AGREED_ROWS))
-_COMBINE = define_call("combine", ("handle", "hidden", "dtype", "num_topk"))
+_DISPATCH = define_call("dispatch", AGREED_ROWS + AGREED_TOPK, OWN_TOKENS)
+_DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *AGREED_ROWS))
+_COMBINE = define_call("combine", AGREED_SUMS)
 
 #: Bytes of fp32 sums that combine keeps in cache at a time.
 _CHUNK_BYTES = 1 << 18
-_NO_DTYPE = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,20 +167,11 @@ class HostEngine:
         mask = layout.is_token_in_rank.numpy()
         per_rank = layout.num_tokens_per_rank.numpy()
         per_expert = layout.num_tokens_per_expert.numpy()
-        topk = request.topk
-        choices = None if topk is None else topk.idx
+        choices = None if request.topk is None else request.topk.idx
         check_layout(mask, per_rank, per_expert, choices)
         if request.into is None:  # a part's counts are those of the whole
             check_pairs(choices, per_expert)
-        values = {
-            **row_values(request),
-            "num_topk": topk.idx.shape[1] if topk else 0,
-            "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
-            "num_experts": len(per_expert),
-            "expert_alignment": request.expert_alignment,
-            "num_tokens": len(mask),
-            "num_worst_tokens": request.num_worst_tokens,
-        }
+        values = dispatch_values(request, len(per_expert))
         said, counts = self._board.agree(_DISPATCH, values, per_rank.astype(np.int64))
         check_worst_tokens(counts.sum(axis=0), said["num_worst_tokens"])
         staged = self._stage_dispatch(request, said["num_tokens"], mask, per_expert)
@@ -321,13 +323,7 @@ class HostEngine:
         record: _Routing = request.handle.routing
         data = request.data.numpy()
         weights = None if request.topk_weights is None else request.topk_weights.numpy()
-        values = {
-            "handle": request.handle.serial,
-            "hidden": data.shape[1],
-            "dtype": DTYPE_INDEX[data.dtype],
-            "num_topk": _NO_DTYPE if weights is None else weights.shape[1],
-        }
-        self._board.agree(_COMBINE, values)
+        self._board.agree(_COMBINE, combine_values(request))
         staged = self._stage_combine(data, weights, record.counts, request.first_rows)
         biases = [bias.numpy() for bias in request.biases]
         out = request.into or _allocate_sums(request)
@@ -472,28 +468,6 @@ class HostEngine:
         self._scratch.clear()
 
 
-def make_layout(
-    topk_idx: ArrayView, num_experts: int, topology: Topology, allocate: Allocate
-) -> LayoutViews:
-    """Count where one rank's tokens go."""
-    idx = topk_idx.numpy()
-    _check_expert_ids(idx, num_experts)
-    made = routing.make_layout(idx, num_experts, topology.node_of_rank)
-
-    def give(array: npt.NDArray[Any]) -> ArrayView:
-        view = allocate(array.shape, array.dtype)
-        view.numpy()[...] = array
-        return view
-
-    per_node = give(made.num_tokens_per_node) if topology.num_nodes > 1 else None
-    return LayoutViews(
-        num_tokens_per_rank=give(made.num_tokens_per_rank),
-        num_tokens_per_node=per_node,
-        num_tokens_per_expert=give(made.num_tokens_per_expert),
-        is_token_in_rank=give(made.is_token_in_rank),
-    )
-
-
 def _allocate_outputs(request: DispatchRequest, handle: DispatchHandle) -> DispatchInto:
     """Make the outputs of a dispatch; the sources' rows lie one after the other."""
 
@@ -523,69 +497,3 @@ def _add(total: npt.NDArray[np.float32], part: npt.NDArray[Any], is_first: bool)
         np.copyto(total, part)
     else:
         np.add(total, part, out=total)
-
-
-def row_values(request: DispatchRequest) -> dict[str, int]:
-    """Return what all ranks must agree on of a dispatch's rows."""
-    scales = request.scales
-    return {
-        "hidden": request.data.shape[1],
-        "dtype": DTYPE_INDEX[request.data.dtype],
-        "num_scales": scales.shape[1] if scales else 0,
-        "scales_dtype": DTYPE_INDEX[scales.dtype] if scales else _NO_DTYPE,
-    }
-
-
-def _check_expert_ids(idx: npt.NDArray[Any], num_experts: int) -> None:
-    if idx.size and (idx.min() < -1 or idx.max() >= num_experts):
-        raise InvalidArgument(
-            f"topk_idx holds values from {idx.min()} to {idx.max()}; they must be expert ids from "
-            f"0 to {num_experts - 1}, or -1 for no choice."
-        )
-
-
-def check_layout(
-    mask: routing.Bools,
-    per_rank: npt.NDArray[np.int32],
-    per_expert: npt.NDArray[np.int32],
-    choices: ArrayView | None,
-) -> None:
-    """Raise InvalidArgument unless layout arrays and choices fit each other."""
-    true_counts = mask.sum(axis=0)
-    if (true_counts != per_rank).any():
-        raise InvalidArgument(
-            f"num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank has "
-            f"{true_counts.tolist()} tokens a rank; pass both from one get_dispatch_layout."
-        )
-    if choices is not None:
-        _check_expert_ids(choices.numpy(), len(per_expert))
-
-
-def check_pairs(choices: ArrayView | None, per_expert: npt.NDArray[np.int32]) -> None:
-    """Raise InvalidArgument unless choices are those that a layout was made of."""
-    if choices is None:
-        return
-    idx = choices.numpy()
-    pairs = np.bincount(idx[idx >= 0], minlength=len(per_expert))
-    wrong = np.flatnonzero(pairs != per_expert)
-    if len(wrong):
-        expert = int(wrong[0])
-        raise InvalidArgument(
-            f"num_tokens_per_expert[{expert}] is {per_expert[expert]}, but topk_idx chooses expert "
-            f"{expert} {pairs[expert]} times; pass the topk_idx that the layout was made of."
-        )
-
-
-def check_worst_tokens(arriving: routing.Ints, num_worst_tokens: routing.Ints) -> None:
-    """Raise InvalidArgument if more rows arrive at some rank than it has room for.
-
-    All ranks see all numbers, so all raise alike and nothing is sent.
-    """
-    over = np.flatnonzero((num_worst_tokens > 0) & (arriving > num_worst_tokens))
-    if len(over):
-        rank = int(over[0])
-        raise InvalidArgument(
-            f"num_worst_tokens is {num_worst_tokens[rank]} on rank {rank}, but {arriving[rank]} "
-            f"rows arrive there; it must be at least that. The sum of all ranks' tokens is "
-            "always enough."
-        )

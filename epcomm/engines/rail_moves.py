@@ -31,7 +31,7 @@ from epcomm.engines.base import (
     NodeEngine,
     TopK,
 )
-from epcomm.engines.host import make_layout
+from epcomm.engines.host_layout import make_layout
 from epcomm.engines.rail_routes import RailRoutes, node_experts
 from epcomm.engines.sections import Sections, as_rows, gather_rows
 from epcomm.handle import DispatchHandle

@@ -18,8 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm import routing, streams
-from epcomm.arrays import DTYPE_INDEX, ArrayView
+from epcomm.arrays import ArrayView
 from epcomm.board import Call, check_agreement, define_call
+from epcomm.engines.agreed_values import (
+    AGREED_ROWS,
+    AGREED_SUMS,
+    AGREED_TOPK,
+    OWN_TOKENS,
+    combine_values,
+    dispatch_values,
+    row_values,
+)
 from epcomm.engines.base import (
     Allocate,
     CombineRequest,
@@ -36,12 +45,7 @@ from epcomm.engines.base import (
     StreamOrder,
     TopK,
 )
-from epcomm.engines.host import (
-    check_layout,
-    check_pairs,
-    check_worst_tokens,
-    row_values,
-)
+from epcomm.engines.host_layout import check_layout, check_pairs, check_worst_tokens
 from epcomm.engines.rail_routes import RailRoutes, make_routes
 from epcomm.engines.sections import Sections
 from epcomm.errors import (
@@ -56,18 +60,13 @@ from epcomm.handle import DispatchHandle
 from epcomm.rail_link import Bytes, Message, RailLink, Window
 from epcomm.topology import Topology
 
-_AGREED_ROWS = ("hidden", "dtype", "num_scales", "scales_dtype")
-_AGREED_TOPK = ("num_topk", "topk_dtype", "num_experts", "expert_alignment")
 _DISPATCH = define_call(
-    "dispatch",
-    (*_AGREED_ROWS, *_AGREED_TOPK, "num_chunk_tokens", "num_in_flight"),
-    ("num_tokens", "num_worst_tokens"),
+    "dispatch", (*AGREED_ROWS, *AGREED_TOPK, "num_chunk_tokens", "num_in_flight"), OWN_TOKENS
 )
-_DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *_AGREED_ROWS, "num_in_flight"))
-_COMBINE = define_call("combine", ("handle", "hidden", "dtype", "num_topk", "num_in_flight"))
+_DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *AGREED_ROWS, "num_in_flight"))
+_COMBINE = define_call("combine", (*AGREED_SUMS, "num_in_flight"))
 _CALL_WORDS = 24
 
-_NO_DTYPE = -1
 #: By so much longer a rank waits for its own node than for others, whose failures it hears of.
 GRACE_S = 2.0
 
@@ -353,17 +352,10 @@ class RailsEngine:
         per_expert = layout.num_tokens_per_expert.numpy()
         check_layout(mask, per_rank, per_expert, choices)
         check_pairs(choices, per_expert)
-        topk = request.topk
         values = {
-            **row_values(request),
-            "num_topk": topk.idx.shape[1] if topk else 0,
-            "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else _NO_DTYPE,
-            "num_experts": len(per_expert),
-            "expert_alignment": request.expert_alignment,
+            **dispatch_values(request, len(per_expert)),
             "num_chunk_tokens": request.chunks.num_tokens,
             "num_in_flight": request.chunks.num_in_flight,
-            "num_tokens": len(mask),
-            "num_worst_tokens": request.num_worst_tokens,
         }
         said, counts = self._agree(_DISPATCH, values, per_rank)
         self._moves.check(request, int(said["num_tokens"].max()))
@@ -458,13 +450,7 @@ class RailsEngine:
     def combine(self, request: CombineRequest) -> CombineResult:
         """See `Engine.combine`."""
         data, weights = request.data, request.topk_weights
-        values = {
-            "handle": request.handle.serial,
-            "hidden": data.shape[1],
-            "dtype": DTYPE_INDEX[data.dtype],
-            "num_topk": _NO_DTYPE if weights is None else weights.shape[1],
-            "num_in_flight": request.chunks.num_in_flight,
-        }
+        values = {**combine_values(request), "num_in_flight": request.chunks.num_in_flight}
         with self._calling(_COMBINE):
             self._moves.check(request)
             self._agree(_COMBINE, values)
