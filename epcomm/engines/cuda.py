@@ -8,12 +8,9 @@ the routes are known (a handle).
 from __future__ import annotations
 
 import itertools
-import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import numpy as np
@@ -21,7 +18,7 @@ import numpy.typing as npt
 
 from epcomm import cuda_layout, streams
 from epcomm.arrays import DTYPE_INDEX, DTYPE_NAME, ArrayView
-from epcomm.cuda_layout import AGREED, NUM_STAGE_WARPS, Agreed, Areas, areas_for
+from epcomm.cuda_layout import Agreed, Areas, areas_for
 from epcomm.engines import cuda_failures, cuda_params, cuda_tuning
 from epcomm.engines.base import (
     Allocate,
@@ -35,103 +32,32 @@ from epcomm.engines.base import (
     LowLatencyDispatchResult,
     LowLatencyShape,
     StreamOrder,
-    TopK,
 )
 from epcomm.engines.call_streams import CallStreams
+from epcomm.engines.cuda_dispatch import (
+    Form,
+    Move,
+    Outputs,
+    dispatch_header,
+    form_of,
+    outputs_of,
+    prepare_move,
+)
 from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_low_latency import CudaLowLatency
 from epcomm.engines.cuda_room import Room
+from epcomm.engines.cuda_routes import Routing, make_tables
 from epcomm.errors import CommTimeout, InvalidArgument, UnsupportedConfig
 from epcomm.gpus import has_bulk_copies
 from epcomm.group import Group
 from epcomm.handle import DispatchHandle
 from epcomm.jit import kernels
 from epcomm.jit.launch import launch
-from epcomm.routing import round_up
 from epcomm.waiting import Deadline, poll_until
 
 _ROUTE_THREADS = 1024
 _AGREE_THREADS = 32
-_WORD = 4
 _INT32, _BOOL = np.dtype(np.int32), np.dtype(np.bool_)
-_NO_DTYPE = -1
-#: Where each table of routes begins, in bytes: as memory of its own would.
-_TABLE_ALIGNMENT = 256
-
-
-class _Tables(NamedTuple):
-    """What route.cu fills: addresses in one piece of device memory.
-
-    Attributes:
-        memory: Owns all of it.
-        positions: ``[num_tokens, num_ranks] int32``.
-        counts: ``[num_ranks, num_ranks] int32``.
-        summary: RouteSummary.
-        work: Rows to fetch, two words each.
-    """
-
-    memory: Any
-    positions: int
-    counts: int
-    summary: int
-    work: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Routing:
-    """A handle's record.
-
-    Attributes:
-        tables: What route.cu filled.
-        max_tokens: Most tokens of any rank; this rank's where only the device knows.
-        is_exact: Whether ``max_tokens`` is known.
-    """
-
-    tables: _Tables
-    max_tokens: int
-    is_exact: bool
-
-
-class _Form(NamedTuple):
-    """What follows from the forms of a dispatch's arrays, however many tokens there are.
-
-    Attributes:
-        agreed: What ranks agree in, but for the call and the handle.
-        staged: Bytes of a row and all that travels with it.
-        row_bytes: Bytes of a row.
-        num_scales: Scales of a row.
-        num_topk: Choices that travel with a row.
-        is_64_bit: Whether choices are int64.
-        spec: The kernel.
-        num_threads: Threads of a block.
-        shared_bytes: Dynamic shared memory of a block.
-    """
-
-    agreed: tuple[int, ...]
-    staged: int
-    row_bytes: int
-    num_scales: int
-    num_topk: int
-    is_64_bit: bool
-    spec: kernels.KernelSpec
-    num_threads: int
-    shared_bytes: int
-
-
-class _Move(NamedTuple):
-    """A launch of dispatch.cu, but for its outputs.
-
-    Attributes:
-        form: Of the call.
-        num_blocks: Blocks of the grid.
-        sources: Params in front of the outputs.
-        rest: Params behind them.
-    """
-
-    form: _Form
-    num_blocks: int
-    sources: bytes
-    rest: bytes
 
 
 class CudaEngine:
@@ -367,7 +293,7 @@ class CudaEngine:
         self._check_experts(num_experts)
         num_tokens = request.data.shape[0]
         form = self._form(request, num_experts)
-        header = _dispatch_header("dispatch", 0, request, form)
+        header = dispatch_header("dispatch", 0, request, form)
         if request.num_worst_tokens:
             self._check_room(num_tokens, form.staged)
         ticket = self._route(request, form, header, num_experts)
@@ -375,7 +301,8 @@ class CudaEngine:
         self._num_dispatches += 1
         # While the GPU routes, all that can be done without the counts.
         tables = self._tables
-        move = self._prepare_move(request, tables, form, num_experts, num_blocks)
+        num_local = num_experts // self._group.size
+        move = prepare_move(request, tables, form, num_local, self._group.rank, num_blocks)
         num_recv, max_tokens = request.num_worst_tokens, num_tokens
         if not request.num_worst_tokens:
             num_recv, max_tokens = self._wait_counts(ticket)
@@ -389,7 +316,7 @@ class CudaEngine:
             num_tokens=num_tokens,
             num_recv_rows=num_recv,
             num_recv_tokens=num_recv if is_exact else None,
-            routing=_Routing(tables, max_tokens, is_exact),
+            routing=Routing(tables, max_tokens, is_exact),
         )
         counts = self._expert_counts(request, num_experts) if is_exact else []
         return DispatchResult(data, scales, topk, counts, handle)
@@ -409,25 +336,18 @@ class CudaEngine:
     def _dispatch_again(
         self, request: DispatchRequest, handle: DispatchHandle, num_blocks: int
     ) -> DispatchResult:
-        record: _Routing = handle.routing
+        record: Routing = handle.routing
         form = self._form(request, 0)
-        header = _dispatch_header("dispatch with a handle", handle.serial, request, form)
+        header = dispatch_header("dispatch with a handle", handle.serial, request, form)
         self._make_room(record, form.staged, 0, header)
-        move = self._prepare_move(request, record.tables, form, 0, num_blocks)
+        move = prepare_move(request, record.tables, form, 0, self._group.rank, num_blocks)
         data, scales, _ = self._move(request, move, header, handle.num_recv_rows)
         return DispatchResult(data, scales, None, [], handle)
 
-    def _form(self, request: DispatchRequest, num_experts: int) -> _Form:
-        data, scales, topk = request.data, request.scales, request.topk
-        return _form_of(
-            *(self._group.size, self._has_bulk),
-            *(data.shape[1], data.dtype),
-            *((scales.shape[1], scales.dtype) if scales is not None else (0, None)),
-            *((topk.idx.shape[1], topk.idx.dtype) if topk is not None else (0, None)),
-            *(num_experts, request.expert_alignment),
-        )
+    def _form(self, request: DispatchRequest, num_experts: int) -> Form:
+        return form_of(request, num_experts, self._group.size, self._has_bulk)
 
-    def _route(self, request: DispatchRequest, form: _Form, header: bytes, num_experts: int) -> int:
+    def _route(self, request: DispatchRequest, form: Form, header: bytes, num_experts: int) -> int:
         """Launch route.cu; return the ticket that the host's summary will carry."""
         layout, topk = request.layout, request.topk
         in_rank = per_expert = idx = num_topk = is_64_bit = 0
@@ -444,7 +364,7 @@ class CudaEngine:
         if request.into is not None:
             most_work = request.into.data.shape[0]
         # Kept here as well, for where the call fails while the kernel runs.
-        self._tables = tables = _make_tables(num_tokens, num_ranks, max(1, most_work))
+        self._tables = tables = make_tables(num_tokens, num_ranks, max(1, most_work))
         ticket = next(self._tickets)
         params = cuda_params.pack(
             cuda_params.ROUTE,
@@ -499,82 +419,17 @@ class CudaEngine:
         rounded: list[int] = (-(-pairs.astype(np.int64) // multiple) * multiple).tolist()
         return rounded
 
-    def _prepare_move(
-        self,
-        request: DispatchRequest,
-        tables: _Tables,
-        form: _Form,
-        num_experts: int,
-        num_blocks: int,
-    ) -> _Move:
-        """Decide all of dispatch.cu's launch but the outputs.
-
-        Args:
-            request: The call.
-            tables: Its routes; the GPU may still be filling them.
-            form: Of the call.
-            num_experts: Experts over all ranks; 0 with a handle.
-            num_blocks: Blocks of the kernel.
-        """
-        data, scales, topk = request.data, request.scales, request.topk
-        scales_in = token_stride = scale_stride = 0
-        if scales is not None:
-            scales_in = scales.ptr
-            token_stride, scale_stride = (stride // _WORD for stride in scales.strides)
-        idx_in = weights_in = num_worst_tokens = 0
-        if topk is not None:
-            idx_in, weights_in = topk.idx.ptr, topk.weights.ptr
-            num_worst_tokens = request.num_worst_tokens
-        num_local = num_experts // self._group.size
-        rest = (
-            *(tables.positions, tables.work, tables.summary),
-            *(token_stride, scale_stride),
-            *(data.shape[0], form.row_bytes),
-            *(form.num_scales, form.num_topk, form.is_64_bit, num_worst_tokens),
-            *(self._group.rank * num_local, num_local),
-            *(form.staged, 0),
-        )
-        return _Move(
-            form=form,
-            num_blocks=num_blocks,
-            sources=cuda_params.DISPATCH_SOURCES.pack(data.ptr, scales_in, idx_in, weights_in),
-            rest=cuda_params.DISPATCH_REST.pack(*rest),
-        )
-
-    def _move(
-        self, request: DispatchRequest, move: _Move, header: bytes, num_rows: int
-    ) -> tuple[ArrayView, ArrayView | None, TopK | None]:
+    def _move(self, request: DispatchRequest, move: Move, header: bytes, num_rows: int) -> Outputs:
         """Allocate the outputs and launch dispatch.cu."""
-        data, scales, topk, allocate = request.data, request.scales, request.topk, request.allocate
-        recv_scales = recv_topk = None
-        scales_out = idx_out = weights_out = 0
-        if request.into is not None:
-            recv, recv_scales, recv_topk = (
-                request.into.data,
-                request.into.scales,
-                request.into.topk,
-            )
-        else:
-            recv = allocate((num_rows, data.shape[1]), data.dtype)
-            if scales is not None:
-                recv_scales = allocate((num_rows, scales.shape[1]), scales.dtype)
-            if topk is not None:
-                shape = (num_rows, topk.idx.shape[1])
-                idx = allocate(shape, topk.idx.dtype)
-                recv_topk = TopK(idx, allocate(shape, topk.weights.dtype))
-        if recv_scales is not None:
-            scales_out = recv_scales.ptr
-        if recv_topk is not None:
-            idx_out, weights_out = recv_topk.idx.ptr, recv_topk.weights.ptr
-        outputs = cuda_params.DISPATCH_OUTPUTS.pack(recv.ptr, scales_out, idx_out, weights_out)
+        outputs = outputs_of(request, num_rows)
         self._launch(
             move.form.spec,
             num_blocks=move.num_blocks,
             num_threads=move.form.num_threads,
-            params=cuda_params.join(self._room.call, header, move.sources, outputs, move.rest),
+            params=move.params(self._room.call, header, outputs),
             shared_bytes=move.form.shared_bytes,
         )
-        return recv, recv_scales, recv_topk
+        return outputs
 
     def _num_blocks(self, num_sms: int | None) -> int:
         num_sharing = self._room.slabs.num_sharing
@@ -597,7 +452,7 @@ class CudaEngine:
         """See `Engine.combine`."""
         data, weights, handle = request.data, request.topk_weights, request.handle
         num_blocks = self._check_combine(request)
-        record: _Routing = handle.routing
+        record: Routing = handle.routing
         num_topk = weights.shape[1] if weights is not None else 0
         row_bytes = data.shape[1] * data.dtype.itemsize
         agreed = Agreed(
@@ -607,7 +462,7 @@ class CudaEngine:
             dtype=DTYPE_INDEX[data.dtype],
             num_topk=num_topk,
         )
-        header = _HEADER.pack(*agreed, handle.num_tokens, 0)
+        header = cuda_params.HEADER.pack(*agreed, handle.num_tokens, 0)
         self._make_room(record, 0, cuda_layout.slot_row_bytes(row_bytes, num_topk), header)
         out_weights, weights_in, weights_out = None, 0, 0
         if request.into is not None:
@@ -656,7 +511,7 @@ class CudaEngine:
     # --- room in the slabs ---------------------------------------------------------------------
 
     def _make_room(
-        self, record: _Routing, staged_row_bytes: int, slot_row_bytes: int, header: bytes
+        self, record: Routing, staged_row_bytes: int, slot_row_bytes: int, header: bytes
     ) -> None:
         """Have room for a call along known routes, or refuse."""
         needed = areas_for(self._group.size, record.max_tokens, staged_row_bytes, slot_row_bytes)
@@ -748,76 +603,6 @@ def _pinned(dtype: np.dtype[Any]) -> npt.NDArray[np.void]:
     array: npt.NDArray[np.void] = np.frombuffer(memory, dtype, count=1).reshape(())
     array[...] = 0
     return array
-
-
-@lru_cache(maxsize=256)
-def _form_of(
-    num_ranks: int,
-    has_bulk: bool,
-    hidden: int,
-    dtype: np.dtype[Any],
-    num_scales: int,
-    scales_dtype: np.dtype[Any] | None,
-    num_topk: int,
-    topk_dtype: np.dtype[Any] | None,
-    num_experts: int,
-    expert_alignment: int,
-) -> _Form:
-    """Return the form of a dispatch; a model's layers share a few of them."""
-    agreed = Agreed(
-        call=0,
-        handle=0,
-        hidden=hidden,
-        dtype=DTYPE_INDEX[dtype],
-        num_scales=num_scales,
-        scales_dtype=_NO_DTYPE if scales_dtype is None else DTYPE_INDEX[scales_dtype],
-        num_topk=num_topk,
-        topk_dtype=_NO_DTYPE if topk_dtype is None else DTYPE_INDEX[topk_dtype],
-        num_experts=num_experts,
-        expert_alignment=expert_alignment,
-    )
-    row_bytes = hidden * dtype.itemsize
-    staged = cuda_layout.staged_row_bytes(row_bytes, num_scales, num_topk)
-    num_warps = cuda_tuning.dispatch_warps(staged)
-    num_stages = cuda_tuning.dispatch_stages(staged)
-    has_bulk = has_bulk and num_warps > 0
-    return _Form(
-        agreed=agreed[2:],
-        staged=staged,
-        row_bytes=row_bytes,
-        num_scales=num_scales,
-        num_topk=num_topk,
-        is_64_bit=topk_dtype is not None and topk_dtype.itemsize == 8,
-        spec=kernels.dispatch_spec(num_ranks, has_bulk, num_stages),
-        num_threads=32 * (NUM_STAGE_WARPS + (num_warps if has_bulk else NUM_STAGE_WARPS // 2)),
-        shared_bytes=cuda_tuning.ring_bytes(num_warps, num_stages, staged) if has_bulk else 0,
-    )
-
-
-def _make_tables(num_tokens: int, num_ranks: int, most_work: int) -> _Tables:
-    positions_bytes = round_up(num_tokens * num_ranks * _WORD, _TABLE_ALIGNMENT)
-    counts_bytes = round_up(num_ranks * num_ranks * _WORD, _TABLE_ALIGNMENT)
-    # One allocation, not four: the GPU waits for them.
-    memory = cupy.cuda.alloc(
-        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * _WORD
-    )
-    positions = memory.ptr
-    counts = positions + positions_bytes
-    summary = counts + counts_bytes
-    return _Tables(memory, positions, counts, summary, work=summary + _TABLE_ALIGNMENT)
-
-
-#: What ranks agree in, tokens of this rank, num_worst_tokens, and zeros.
-_HEADER = struct.Struct(
-    f"={len(AGREED) + 2}i{(cuda_layout.HEADER_WORDS - len(AGREED) - 2) * _WORD}x"
-)
-
-
-def _dispatch_header(call: str, serial: int, request: DispatchRequest, form: _Form) -> bytes:
-    index = cuda_failures.CALL_INDEX[call]
-    return _HEADER.pack(
-        index, serial, *form.agreed, request.data.shape[0], request.num_worst_tokens
-    )
 
 
 def _check_aligned(view: ArrayView, name: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm.cuda_layout import (
+    AGREED,
     HEADER_WORDS,
     MAX_LOCAL_EXPERTS,
     MAX_LOW_LATENCY_BLOCKS,
@@ -64,6 +65,9 @@ CALL = np.dtype(
     ],
     align=True,
 )
+
+#: The header of a call: what ranks agree in, tokens of this rank, num_worst_tokens, and zeros.
+HEADER = struct.Struct(f"={len(AGREED) + 2}i{(HEADER_WORDS - len(AGREED) - 2) * 4}x")
 
 HOST_SUMMARY = np.dtype(
     [
