@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm import cuda_layout, streams
-from epcomm.arrays import DTYPE_INDEX, DTYPE_NAME, ArrayView
-from epcomm.cuda_layout import Agreed, Areas, areas_for
-from epcomm.engines import cuda_failures, cuda_params, cuda_tuning
+from epcomm.arrays import ArrayView
+from epcomm.cuda_layout import Areas, areas_for
+from epcomm.engines import cuda_failures, cuda_params
 from epcomm.engines.base import (
     Allocate,
     CombineRequest,
@@ -34,6 +34,7 @@ from epcomm.engines.base import (
     StreamOrder,
 )
 from epcomm.engines.call_streams import CallStreams
+from epcomm.engines.cuda_combine import combine_header, combine_params, sum_form_of, sums_of
 from epcomm.engines.cuda_dispatch import (
     Form,
     Move,
@@ -450,63 +451,20 @@ class CudaEngine:
 
     def combine(self, request: CombineRequest) -> CombineResult:
         """See `Engine.combine`."""
-        data, weights, handle = request.data, request.topk_weights, request.handle
         num_blocks = self._check_combine(request)
-        record: Routing = handle.routing
-        num_topk = weights.shape[1] if weights is not None else 0
-        row_bytes = data.shape[1] * data.dtype.itemsize
-        agreed = Agreed(
-            call=cuda_failures.CALL_INDEX["combine"],
-            handle=handle.serial,
-            hidden=data.shape[1],
-            dtype=DTYPE_INDEX[data.dtype],
-            num_topk=num_topk,
-        )
-        header = cuda_params.HEADER.pack(*agreed, handle.num_tokens, 0)
-        self._make_room(record, 0, cuda_layout.slot_row_bytes(row_bytes, num_topk), header)
-        out_weights, weights_in, weights_out = None, 0, 0
-        if request.into is not None:
-            out, out_weights = request.into
-        else:
-            out = request.allocate((handle.num_tokens, data.shape[1]), data.dtype)
-            if weights is not None:
-                out_weights = request.allocate((handle.num_tokens, num_topk), weights.dtype)
-        if weights is not None and out_weights is not None:
-            weights_in, weights_out = weights.ptr, out_weights.ptr
-        further = request.further_sums
-        further_in, num_further = (0, 0, 0), 0
-        if further is not None:
-            further_weights = 0 if further.topk_weights is None else further.topk_weights.ptr
-            further_in = (further.data.ptr, further_weights, further.places.ptr)
-            num_further = further.places.shape[1]
-        bias_ptrs = [bias.ptr for bias in request.biases] + [0, 0]
-        unit_rows = cuda_tuning.unit_rows(row_bytes)
-        params = cuda_params.pack(
-            cuda_params.COMBINE,
-            self._room.call,
-            header,
-            (
-                *(data.ptr, weights_in, *bias_ptrs[:2], out.ptr, weights_out),
-                *(record.tables.positions, record.tables.counts, record.tables.summary),
-                *further_in,
-                *(handle.num_tokens, row_bytes, num_topk, unit_rows, num_further, 0),
-            ),
-        )
-        shape = cuda_tuning.combine_shape(self._group.size, row_bytes, further is not None)
-        ring_bytes = cuda_tuning.ring_bytes(
-            shape.num_send_warps, shape.num_stages, unit_rows * row_bytes
-        )
-        has_bulk = self._has_bulk and ring_bytes <= cuda_tuning.MAX_RING_BYTES
+        record: Routing = request.handle.routing
+        form = sum_form_of(request, self._group.size, self._has_bulk)
+        header = combine_header(request, form)
+        self._make_room(record, 0, form.slot_row_bytes, header)
+        out = sums_of(request)
         self._launch(
-            kernels.combine_spec(
-                self._group.size, has_bulk, DTYPE_NAME[data.dtype], shape, further is not None
-            ),
+            form.spec,
             num_blocks=num_blocks,
-            num_threads=shape.num_threads,
-            params=params,
-            shared_bytes=ring_bytes if has_bulk else 0,
+            num_threads=form.num_threads,
+            params=combine_params(self._room.call, header, request, record.tables, form, out),
+            shared_bytes=form.shared_bytes,
         )
-        return CombineResult(out, out_weights)
+        return out
 
     # --- room in the slabs ---------------------------------------------------------------------
 
