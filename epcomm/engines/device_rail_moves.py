@@ -58,7 +58,7 @@ _Rows = dict[str, ArrayView]
 
 
 class DeviceMoves:
-    """See `epcomm.engines.rails.Moves`.
+    """See `epcomm.engines.moves.Moves`.
 
     Args:
         topology: The nodes.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from epcomm.arrays import CPU, Device
 from epcomm.engines.base import Engine, NodeEngine
 from epcomm.engines.host import HostEngine
+from epcomm.engines.moves import Moves
 from epcomm.engines.rail_moves import HostMoves
-from epcomm.engines.rails import GRACE_S, Moves, RailsEngine
+from epcomm.engines.rails import GRACE_S, RailsEngine
 from epcomm.engines.staged import StagedEngine
 from epcomm.group import Group
 from epcomm.mpi_memory import takes_device_pointers

@@ -42,7 +42,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class HostMoves:
-    """See `epcomm.engines.rails.Moves`.
+    """See `epcomm.engines.moves.Moves`.
 
     Args:
         topology: The nodes.

@@ -4,22 +4,22 @@ Dispatch: a row crosses once for each node that its token goes to, to the rank o
 there (the *rail peer*), and the node's engine spreads it as if it were the rail peer's own. Combine
 goes the same way back: summed in the node and rounded once for the wire, then added at the origin.
 
-Here ranks keep step and learn where rows go; `rail_moves` and `device_rail_moves` move them, in the
-CPU's memory and on GPUs.
+Ranks keep step on the `rail_board`, and learn here where rows go; `rail_moves` and
+`device_rail_moves` move them, in the CPU's memory and on GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from epcomm import routing, streams
 from epcomm.arrays import ArrayView
-from epcomm.board import Call, check_agreement, define_call
+from epcomm.board import Call, define_call
 from epcomm.engines.agreed_values import (
     AGREED_ROWS,
     AGREED_SUMS,
@@ -46,10 +46,12 @@ from epcomm.engines.base import (
     TopK,
 )
 from epcomm.engines.host_layout import check_layout, check_pairs, check_worst_tokens
-from epcomm.engines.rail_routes import RailRoutes, make_routes
+from epcomm.engines.moves import Moves
+from epcomm.engines.node_group import NodeGroup
+from epcomm.engines.rail_board import RailBoard
+from epcomm.engines.rail_routes import make_routes
 from epcomm.engines.sections import Sections
 from epcomm.errors import (
-    CommTimeout,
     InvalidArgument,
     RankMismatch,
     TransportError,
@@ -57,7 +59,7 @@ from epcomm.errors import (
 )
 from epcomm.group import Group, MpiGroup
 from epcomm.handle import DispatchHandle
-from epcomm.rail_link import Bytes, Message, RailLink, Window
+from epcomm.rail_link import Message, RailLink, Window
 from epcomm.topology import Topology
 
 _DISPATCH = define_call(
@@ -65,86 +67,12 @@ _DISPATCH = define_call(
 )
 _DISPATCH_AGAIN = define_call("dispatch with a handle", ("handle", *AGREED_ROWS, "num_in_flight"))
 _COMBINE = define_call("combine", (*AGREED_SUMS, "num_in_flight"))
-_CALL_WORDS = 24
 
 #: By so much longer a rank waits for its own node than for others, whose failures it hears of.
 GRACE_S = 2.0
 
 #: Makes the engine of a node: (its ranks' group, their numbers in the whole group).
 MakeEngine = Callable[[Group, Sequence[int]], NodeEngine]
-
-
-class Moves(Protocol):
-    """What depends on where rows are: `rail_moves` for the CPU's memory, `device_rail_moves`."""
-
-    def empty(self, num_bytes: int) -> Bytes:
-        """Return memory for the rows that MPI sends and receives."""
-        ...
-
-    def empty_on_host(self, num_bytes: int) -> Bytes | None:
-        """Return memory for what the host itself sends; None where `empty` gives such."""
-        ...
-
-    def view_memory(self, memory: Bytes) -> ArrayView:
-        """View what `empty` gave."""
-        ...
-
-    def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
-        """See `Engine.make_layout`."""
-        ...
-
-    def fetch(self, layout: LayoutViews, topk: TopK | None) -> tuple[LayoutViews, ArrayView | None]:
-        """Return the layout, but for tokens by node, and the choices in memory of the host."""
-        ...
-
-    def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
-        """Copy an array of the host to one where rows are."""
-        ...
-
-    def check(self, request: DispatchRequest | CombineRequest, max_tokens: int = 0) -> None:
-        """Raise InvalidArgument if the node's engine would, before anything is sent.
-
-        Args:
-            request: The call.
-            max_tokens: Most tokens of any rank, as far as known.
-        """
-        ...
-
-    def dispatch(
-        self,
-        link: RailLink,
-        request: DispatchRequest,
-        routes: RailRoutes,
-        pairs: Sequence[npt.NDArray[np.int32]] | None,
-        out: DispatchInto,
-    ) -> npt.NDArray[np.int64]:
-        """Send, receive and spread all rows.
-
-        Args:
-            link: The way to the rail peers.
-            request: The call.
-            routes: Where rows go; with ``pairs`` the record of a new handle, to be completed.
-            pairs: By node, the rail peer's choices of each of this node's experts; None where the
-                handle is an earlier dispatch's.
-            out: The outputs, without ``first_rows``; rows behind the last that arrives get no
-                choices.
-
-        Returns:
-            Pairs that arrive for each local expert; with a handle nothing of worth.
-        """
-        ...
-
-    def combine(
-        self, link: RailLink, request: CombineRequest, routes: RailRoutes, out: CombineResult
-    ) -> None:
-        """Sum in the node and send, receive and sum here, all rows."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the staging memory."""
-        ...
-
-
 #: Makes what moves the rows of a node.
 MakeMoves = Callable[[NodeEngine], Moves]
 
@@ -183,16 +111,15 @@ class RailsEngine:
         self._rail = topology.rail()
         self._topology = topology
         self._ranks = topology.ranks_of(topology.node)
-        self._timeout_s = timeout_s
         self._buffer_id = buffer_id
         self._num_dispatches = 0
         self._broken = ""
         #: Whether the call in hand has come to where ranks wait for what this one sends.
         self._is_sending = False
         index = self._ranks.index(topology.rank)
-        self._node_group = _NodeGroup(topology.split_by_node(group), self._ranks, self._progress)
-        self._rail_group = group.split(index)
-        self._engine = make_engine(self._node_group, self._ranks)
+        node_group = NodeGroup(topology.split_by_node(group), self._ranks, self._progress)
+        self._board = RailBoard(group.split(index), node_group, topology, timeout_s, GRACE_S)
+        self._engine = make_engine(node_group, self._ranks)
         self._moves = make_moves(self._engine)
         self.name = f"{self._engine.name}+rails"
         self._link = RailLink(
@@ -281,58 +208,6 @@ class RailsEngine:
             self._broken = str(error).partition(". ")[0] or type(error).__name__
             raise
 
-    def _agree(
-        self, call: Call, values: Mapping[str, int], counts: npt.NDArray[Any] | None = None
-    ) -> tuple[dict[str, routing.Ints], routing.Ints]:
-        """Exchange values and counts; hold all ranks to the same arguments. Collective.
-
-        First along the rail, then inside the node: a rank exchanges messages with as many ranks as
-        there are nodes, and ranks of a node.
-
-        Returns:
-            Each value ``[num_ranks]`` by name, and the counts ``[num_ranks, num_ranks]``.
-        """
-        num_ranks = len(self._topology.node_of_rank)
-        names = call.agreed + call.own
-        header = np.zeros(_CALL_WORDS + num_ranks, np.int64)
-        header[: 1 + len(names)] = call.code, *(values[name] for name in names)
-        if counts is not None:
-            header[_CALL_WORDS:] = counts
-        phase = f"{call.name}: arrival"
-        on_rail = self._hear_rail(header)
-        by_index = self._hear_node(on_rail, phase)
-        headers = np.empty((num_ranks, len(header)), np.int64)
-        for rank, of_rail in zip(self._ranks, by_index, strict=True):
-            if isinstance(of_rail, list):
-                is_mine = rank == self._topology.rank
-                detail = "" if is_mine else f"rank {rank} of this node gave up waiting for it"
-                raise CommTimeout(phase, self._topology.rank, of_rail, self._timeout_s, detail)
-        for index, of_rail in enumerate(by_index):
-            for node, one in enumerate(of_rail):
-                headers[self._topology.ranks_of(node)[index]] = one
-        check_agreement(call, range(num_ranks), headers)
-        by_name = {name: headers[:, 1 + i] for i, name in enumerate(names)}
-        return by_name, headers[:, _CALL_WORDS:]
-
-    def _hear_rail(self, header: routing.Ints) -> npt.NDArray[Any] | list[int]:
-        """Return the headers of the rail by node, or the ranks that did not come."""
-        try:
-            # The phase is the same whatever the call is: ranks that make different ones must meet.
-            said = self._rail_group.allgather(
-                header, timeout_s=self._timeout_s, phase="rails: arrival"
-            )
-        except CommTimeout as error:
-            return [self._rail[node] for node in error.peers]
-        return np.stack(said)
-
-    def _hear_node(self, mine: Any, phase: str) -> list[Any]:
-        try:
-            return self._node_group.allgather(
-                mine, timeout_s=self._timeout_s + GRACE_S, phase="rails: arrival in the node"
-            )
-        except CommTimeout as error:
-            raise CommTimeout(phase, error.rank, error.peers, error.timeout_s) from None
-
     # --- dispatch ------------------------------------------------------------------------------
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
@@ -357,7 +232,7 @@ class RailsEngine:
             "num_chunk_tokens": request.chunks.num_tokens,
             "num_in_flight": request.chunks.num_in_flight,
         }
-        said, counts = self._agree(_DISPATCH, values, per_rank)
+        said, counts = self._board.agree(_DISPATCH, values, per_rank)
         self._moves.check(request, int(said["num_tokens"].max()))
         check_worst_tokens(counts.sum(axis=0), said["num_worst_tokens"])
         self._is_sending = True
@@ -392,7 +267,7 @@ class RailsEngine:
             "handle": handle.serial,
             "num_in_flight": request.chunks.num_in_flight,
         }
-        self._agree(_DISPATCH_AGAIN, values)
+        self._board.agree(_DISPATCH_AGAIN, values)
         self._is_sending = True
         out = _allocate_outputs(request, handle.num_recv_rows)
         self._moves.dispatch(self._link, request, handle.routing, None, out)
@@ -453,7 +328,7 @@ class RailsEngine:
         values = {**combine_values(request), "num_in_flight": request.chunks.num_in_flight}
         with self._calling(_COMBINE):
             self._moves.check(request)
-            self._agree(_COMBINE, values)
+            self._board.agree(_COMBINE, values)
             self._is_sending = True
             num_tokens = request.handle.num_tokens
             out = CombineResult(
@@ -494,47 +369,6 @@ class RailsEngine:
             "inside one. Use dispatch (num_worst_tokens= gives it a fixed shape) and combine, or a "
             "Buffer of one node's ranks."
         )
-
-
-class _NodeGroup:
-    """The ranks of a node; MPI between nodes moves on while they wait for each other.
-
-    Args:
-        group: The ranks.
-        names: Their numbers in the whole group, for errors.
-        progress: Lets MPI move on.
-    """
-
-    def __init__(self, group: Group, names: Sequence[int], progress: Callable[[], None]) -> None:
-        self._group = group
-        self._names = names
-        self._progress = progress
-        self.rank = group.rank
-        self.size = group.size
-
-    def allgather(
-        self, obj: Any, *, timeout_s: float | None = None, phase: str = "allgather"
-    ) -> list[Any]:
-        """See `Group.allgather`."""
-        try:
-            return self._group.allgather(obj, timeout_s=timeout_s, phase=phase)
-        except CommTimeout as error:
-            peers = [self._names[index] for index in error.peers]
-            me = self._names[error.rank]
-            raise CommTimeout(error.phase, me, peers, error.timeout_s) from None
-
-    def barrier(self, *, timeout_s: float | None = None, phase: str = "barrier") -> None:
-        """See `Group.barrier`."""
-        self.allgather(None, timeout_s=timeout_s, phase=phase)
-
-    def split(self, color: int) -> Group:
-        """See `Group.split`."""
-        return self._group.split(color)
-
-    def check(self) -> None:
-        """See `Group.check`."""
-        self._group.check()
-        self._progress()
 
 
 def _allocate_outputs(request: DispatchRequest, num_rows: int) -> DispatchInto:
