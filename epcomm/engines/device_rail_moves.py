@@ -43,6 +43,15 @@ from epcomm.engines.device_rail_routes import (
     Run,
     make_device_routes,
 )
+from epcomm.engines.device_rows import (
+    Rows,
+    inputs_of,
+    outputs_of,
+    rows_of,
+    sections_of,
+    some_of,
+    topk_of,
+)
 from epcomm.engines.host_layout import make_layout
 from epcomm.engines.rail_routes import RailRoutes
 from epcomm.engines.row_copies import RowCopies
@@ -52,9 +61,6 @@ from epcomm.rail_link import Bytes, Message, RailLink, Window, empty_bytes
 from epcomm.topology import Topology
 
 _UINT8 = np.dtype(np.uint8)
-
-#: Arrays on the GPU, row i of all of them being of one token.
-_Rows = dict[str, ArrayView]
 
 
 class DeviceMoves:
@@ -124,13 +130,14 @@ class DeviceMoves:
         strides = packed_strides(shape, dtype)
         return ArrayView(ptr, shape, strides, dtype, self._device, False, owner)
 
-    def _rows_at(self, ptr: int, sections: Sections, names: Sequence[str]) -> _Rows:
+    def _rows_at(self, ptr: int, sections: Sections) -> Rows:
         """Return the arrays that lie at an address."""
         return {
-            name: self._view(ptr + sections.offset(name), *sections.spec[name]) for name in names
+            name: self._view(ptr + sections.offset(name), *spec)
+            for name, spec in sections.spec.items()
         }
 
-    def _upload(self, arrays: dict[str, npt.NDArray[Any]]) -> _Rows:
+    def _upload(self, arrays: dict[str, npt.NDArray[Any]]) -> Rows:
         """Copy arrays to the GPU, all in one piece of memory."""
         sections = Sections({name: (array.shape, array.dtype) for name, array in arrays.items()})
         packed = np.empty(sections.end, np.uint8)
@@ -138,7 +145,7 @@ class DeviceMoves:
             sections.view(packed, name)[...] = array
         memory = self._copies.empty_in_pool(max(1, sections.end))
         self.put(packed, self._view(memory.ptr, packed.shape, packed.dtype))
-        views = self._rows_at(memory.ptr, sections, list(arrays))
+        views = self._rows_at(memory.ptr, sections)
         return {name: view._replace(owner=memory) for name, view in views.items()}
 
     def put(self, array: npt.NDArray[Any], view: ArrayView) -> None:
@@ -233,9 +240,9 @@ class DeviceMoves:
                 topology, routes, pairs, num_experts, self._upload
             )
         known: DeviceRoutes = routes.on_device
-        inputs, outputs = _inputs_of(request), _outputs_of(out)
-        gathered = self._stage("gathered", _sections(inputs, known.longest_chunk).end)
-        largest = _sections(inputs, self._most_coming(known)).end
+        inputs, outputs = inputs_of(request), outputs_of(out)
+        gathered = self._stage("gathered", sections_of(inputs, known.longest_chunk).end)
+        largest = sections_of(inputs, self._most_coming(known)).end
         halves = [self._stage(f"received {i}", largest) for i in range(2)]
         self._stage_parts(known, outputs)
         own = self._own_rows(known, inputs)
@@ -248,12 +255,12 @@ class DeviceMoves:
                 if len(spread) == len(halves):
                     streams.wait(self._to_device.ptr, spread[0])
                 part = known.parts[source]
-                rows = self._rows_at(halves[k % 2], _sections(inputs, part.num_rows), list(inputs))
+                rows = self._rows_at(halves[k % 2], sections_of(inputs, part.num_rows))
                 self._exchange.run(
                     *(transfer, to),
                     [self._gathering(known, inputs, gathered, to, run) for run in known.going[to]],
                     source,
-                    [self._filling(_some(rows, run)) for run in known.coming[source]],
+                    [self._filling(some_of(rows, run)) for run in known.coming[source]],
                 )
                 streams.wait(stream, streams.record(self._to_device.ptr))
                 counts = counts + self._spread(part, request, rows, outputs)
@@ -267,14 +274,14 @@ class DeviceMoves:
         return max(known.parts[node].num_rows for node in self._topology.nodes_before())
 
     def _gathering(
-        self, known: DeviceRoutes, inputs: _Rows, gathered: int, node: int, run: Run
+        self, known: DeviceRoutes, inputs: Rows, gathered: int, node: int, run: Run
     ) -> Piece:
         """Return the message with a chunk of this rank's rows for a node."""
-        sections = _sections(inputs, run.num_rows)
+        sections = sections_of(inputs, run.num_rows)
 
         def copy(slot: Bytes) -> None:
-            stream, rows = self._to_host.ptr, self._rows_at(gathered, sections, list(inputs))
-            tokens = _rows_of(known.outgoing[node], run)
+            stream, rows = self._to_host.ptr, self._rows_at(gathered, sections)
+            tokens = rows_of(known.outgoing[node], run)
             for name, view in inputs.items():
                 self._copies.gather(view, tokens, rows[name].ptr, stream)
             if "topk_idx" in rows:
@@ -285,11 +292,11 @@ class DeviceMoves:
 
     def _clear_choices(self, idx: ArrayView, num_rows: int) -> None:
         """Set the choices behind so many rows to -1."""
-        left = _rows_of(idx, Run(num_rows, idx.shape[0] - num_rows))
+        left = rows_of(idx, Run(num_rows, idx.shape[0] - num_rows))
         if left.num_bytes:
             self._copies.set_bits(left.ptr, left.num_bytes, self._engine.call_stream())
 
-    def _own_rows(self, known: DeviceRoutes, inputs: _Rows) -> _Rows:
+    def _own_rows(self, known: DeviceRoutes, inputs: Rows) -> Rows:
         """Return this rank's rows, with the experts' numbers in the node."""
         if "topk_idx" not in inputs:
             return inputs
@@ -301,7 +308,7 @@ class DeviceMoves:
         return {**inputs, "topk_idx": choices}
 
     def _spread(
-        self, part: Part, request: DispatchRequest, rows: _Rows, outputs: _Rows
+        self, part: Part, request: DispatchRequest, rows: Rows, outputs: Rows
     ) -> npt.NDArray[np.int64]:
         """Dispatch a part's rows inside this node (collective there); return the experts' pairs."""
         into = self._in_one_piece(part, outputs)
@@ -310,11 +317,11 @@ class DeviceMoves:
                 data=rows["data"],
                 scales=rows.get("scales"),
                 layout=None if part.handle else part.layout,
-                topk=_topk_of(rows),
+                topk=topk_of(rows),
                 handle=part.handle,
                 expert_alignment=1,
                 num_worst_tokens=0,
-                into=DispatchInto(into["data"], into.get("scales"), _topk_of(into), ()),
+                into=DispatchInto(into["data"], into.get("scales"), topk_of(into), ()),
             )
         )
         self._copy_runs(part, into, outputs)
@@ -333,22 +340,24 @@ class DeviceMoves:
         if request.topk_weights is not None and out.topk_weights is not None:
             inputs["topk_weights"] = request.topk_weights
             outputs["topk_weights"] = out.topk_weights
-        sent = self._stage("sums to send", _sections(inputs, self._most_coming(known)).end)
-        all_sums = _sections(inputs, known.num_sums)
-        sums = self._rows_at(self._stage("sums", all_sums.end), all_sums, list(inputs))
+        sent = self._stage("sums to send", sections_of(inputs, self._most_coming(known)).end)
+        all_sums = sections_of(inputs, known.num_sums)
+        sums = self._rows_at(self._stage("sums", all_sums.end), all_sums)
         self._stage_parts(known, inputs)
         window = _window(inputs, known, request.chunks)
         messages = self._messages(inputs, known.going)
         with link.transfer("combine: rows", window, messages) as transfer, self._copying():
             for to, source in self._rounds():
                 part, first = known.parts[to], known.first_sums[source]
-                rows = self._rows_at(sent, _sections(inputs, part.num_rows), list(inputs))
+                rows = self._rows_at(sent, sections_of(inputs, part.num_rows))
                 self._sum(part, request, inputs, rows)
                 streams.wait(self._to_host.ptr, streams.record(stream))
                 runs = [Run(first + run.first, run.num_rows) for run in known.going[source]]
                 self._exchange.run(
-                    *(transfer, to, [self._reading(_some(rows, run)) for run in known.coming[to]]),
-                    *(source, [self._filling(_some(sums, run)) for run in runs]),
+                    *(transfer, to),
+                    [self._reading(some_of(rows, run)) for run in known.coming[to]],
+                    source,
+                    [self._filling(some_of(sums, run)) for run in runs],
                 )
             streams.wait(stream, streams.record(self._to_device.ptr))
             further = FurtherSums(sums["data"], sums.get("topk_weights"), known.places)
@@ -359,8 +368,8 @@ class DeviceMoves:
         self,
         part: Part,
         request: CombineRequest,
-        inputs: _Rows,
-        outputs: _Rows,
+        inputs: Rows,
+        outputs: Rows,
         biases: tuple[ArrayView, ...] = (),
         further: FurtherSums | None = None,
     ) -> None:
@@ -385,17 +394,17 @@ class DeviceMoves:
         """Return, round by round, the node that is sent to and the one that is received from."""
         return list(zip(self._topology.nodes_after(), self._topology.nodes_before(), strict=True))
 
-    def _messages(self, rows: _Rows, chunks: Sequence[Sequence[Run]]) -> list[Message]:
+    def _messages(self, rows: Rows, chunks: Sequence[Sequence[Run]]) -> list[Message]:
         """Return all messages that come, given their chunks by node."""
         return [
-            Message(node, _sections(rows, run.num_rows).end)
+            Message(node, sections_of(rows, run.num_rows).end)
             for node in self._topology.nodes_before()
             for run in chunks[node]
         ]
 
-    def _reading(self, rows: _Rows) -> Piece:
+    def _reading(self, rows: Rows) -> Piece:
         """Return the message that carries arrays, all of them."""
-        sections = _sections(rows, rows["data"].shape[0])
+        sections = sections_of(rows, rows["data"].shape[0])
 
         def copy(slot: Bytes) -> None:
             for name, view in rows.items():
@@ -405,9 +414,9 @@ class DeviceMoves:
 
         return Piece(sections.end, copy)
 
-    def _filling(self, rows: _Rows) -> Piece:
+    def _filling(self, rows: Rows) -> Piece:
         """Return the message that fills arrays, all of them."""
-        sections = _sections(rows, rows["data"].shape[0])
+        sections = sections_of(rows, rows["data"].shape[0])
 
         def copy(slot: Bytes) -> None:
             for name, view in rows.items():
@@ -417,72 +426,33 @@ class DeviceMoves:
 
         return Piece(sections.end, copy)
 
-    def _stage_parts(self, known: DeviceRoutes, rows: _Rows) -> None:
+    def _stage_parts(self, known: DeviceRoutes, rows: Rows) -> None:
         """Have memory for the parts whose rows do not lie in one piece."""
         scattered = [part.num_recv for part in known.parts if len(part.runs) > 1]
         if scattered:
-            self._stage("one part", _sections(rows, max(scattered)).end)
+            self._stage("one part", sections_of(rows, max(scattered)).end)
 
-    def _in_one_piece(self, part: Part, rows: _Rows) -> _Rows:
+    def _in_one_piece(self, part: Part, rows: Rows) -> Rows:
         """Return a part's rows among all that arrive here; memory for them if they are apart."""
         if len(part.runs) == 1:
-            return _some(rows, part.runs[0])
-        sections = _sections(rows, part.num_recv)
-        return self._rows_at(self._stage("one part", sections.end), sections, list(rows))
+            return some_of(rows, part.runs[0])
+        sections = sections_of(rows, part.num_recv)
+        return self._rows_at(self._stage("one part", sections.end), sections)
 
-    def _copy_runs(self, part: Part, piece: _Rows, rows: _Rows, is_back: bool = False) -> None:
+    def _copy_runs(self, part: Part, piece: Rows, rows: Rows, is_back: bool = False) -> None:
         """Copy a part in one piece to where its rows lie apart, or back; nothing if they do not."""
         if len(part.runs) == 1:
             return
         stream, begin = self._engine.call_stream(), 0
         for run in part.runs:
             for name, view in rows.items():
-                here, there = _rows_of(piece[name], Run(begin, run.num_rows)), _rows_of(view, run)
+                here, there = rows_of(piece[name], Run(begin, run.num_rows)), rows_of(view, run)
                 source, to = (there, here) if is_back else (here, there)
                 if to.num_bytes:
                     self._copies.copy(source.ptr, to.ptr, to.num_bytes, stream)
             begin += run.num_rows
 
 
-def _inputs_of(request: DispatchRequest) -> _Rows:
-    return _named(request.data, request.scales, request.topk)
-
-
-def _outputs_of(out: DispatchInto) -> _Rows:
-    return _named(out.data, out.scales, out.topk)
-
-
-def _named(data: ArrayView, scales: ArrayView | None, topk: TopK | None) -> _Rows:
-    rows = {"data": data}
-    if scales is not None:
-        rows["scales"] = scales
-    if topk is not None:
-        rows["topk_idx"], rows["topk_weights"] = topk
-    return rows
-
-
-def _topk_of(rows: _Rows) -> TopK | None:
-    return TopK(rows["topk_idx"], rows["topk_weights"]) if "topk_idx" in rows else None
-
-
-def _rows_of(view: ArrayView, run: Run) -> ArrayView:
-    """Return some rows of a row-major array."""
-    shape = (run.num_rows, *view.shape[1:])
-    return view._replace(ptr=view.ptr + run.first * view.strides[0], shape=shape)
-
-
-def _some(rows: _Rows, run: Run) -> _Rows:
-    """Return some rows of arrays."""
-    return {name: _rows_of(view, run) for name, view in rows.items()}
-
-
-def _window(rows: _Rows, known: DeviceRoutes, chunks: Chunks) -> Window:
+def _window(rows: Rows, known: DeviceRoutes, chunks: Chunks) -> Window:
     depth = chunks.num_in_flight
-    return Window(_sections(rows, known.longest_chunk).end, depth, depth)
-
-
-def _sections(rows: _Rows, num_rows: int) -> Sections:
-    """Return how arrays of so many rows lie one behind the other."""
-    return Sections(
-        {name: ((num_rows, *view.shape[1:]), view.dtype) for name, view in rows.items()}
-    )
+    return Window(sections_of(rows, known.longest_chunk).end, depth, depth)
