@@ -422,8 +422,20 @@ class NodeEngine(Engine, Protocol):
     engine's with ``further_sums``.
     """
 
+    def fail(self, missed: int) -> None:
+        """Make the calls of all ranks of the node fail: this rank gave up waiting for another."""
+        ...
+
+    def check_failed(self, phase: str) -> None:
+        """Raise CommTimeout or TransportError if a rank of the node has failed."""
+        ...
+
+
+class DeviceNodeEngine(NodeEngine, Protocol):
+    """A `NodeEngine` whose rows are on a GPU."""
+
     def call_stream(self) -> int:
-        """Return the handle of the stream on which the call in hand runs; 0 where there is none."""
+        """Return the handle of the stream on which the call in hand runs."""
         ...
 
     def check_part(self, request: DispatchRequest | CombineRequest, max_tokens: int) -> None:
@@ -433,12 +445,4 @@ class NodeEngine(Engine, Protocol):
             request: The whole call.
             max_tokens: Most tokens of any rank.
         """
-        ...
-
-    def fail(self, missed: int) -> None:
-        """Make the calls of all ranks of the node fail: this rank gave up waiting for another."""
-        ...
-
-    def check_failed(self, phase: str) -> None:
-        """Raise CommTimeout or TransportError if a rank of the node has failed."""
         ...

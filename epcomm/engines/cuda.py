@@ -193,12 +193,12 @@ class CudaEngine:
         self._raise_failures()
 
     def call_stream(self) -> int:
-        """See `NodeEngine.call_stream`."""
+        """See `DeviceNodeEngine.call_stream`."""
         stream: int = self._streams.stream.ptr
         return stream
 
     def check_part(self, request: DispatchRequest | CombineRequest, max_tokens: int) -> None:
-        """See `NodeEngine.check_part`."""
+        """See `DeviceNodeEngine.check_part`."""
         if isinstance(request, CombineRequest):
             self._check_combine(request)
             return

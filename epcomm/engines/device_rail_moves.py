@@ -29,11 +29,11 @@ from epcomm.engines.base import (
     Chunks,
     CombineRequest,
     CombineResult,
+    DeviceNodeEngine,
     DispatchInto,
     DispatchRequest,
     FurtherSums,
     LayoutViews,
-    NodeEngine,
     TopK,
 )
 from epcomm.engines.device_exchange import Exchange, Piece
@@ -77,7 +77,7 @@ class DeviceMoves:
     def __init__(
         self,
         topology: Topology,
-        engine: NodeEngine,
+        engine: DeviceNodeEngine,
         copies: RowCopies,
         device: Device,
         has_device_pointers: bool,

@@ -445,13 +445,6 @@ class HostEngine:
         """See `Engine.set_masked`."""
         self._board.masked[rank] = is_masked
 
-    def call_stream(self) -> int:
-        """See `NodeEngine.call_stream`: there is none."""
-        return 0
-
-    def check_part(self, request: DispatchRequest | CombineRequest, max_tokens: int) -> None:
-        """See `NodeEngine.check_part`: it takes all."""
-
     def fail(self, missed: int) -> None:
         """See `NodeEngine.fail`."""
         self._board.fail(missed)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from epcomm.arrays import CPU, Device
-from epcomm.engines.base import Engine, NodeEngine
+from epcomm.engines.base import DeviceNodeEngine, Engine, NodeEngine
 from epcomm.engines.host import HostEngine
 from epcomm.engines.moves import Moves
 from epcomm.engines.rail_moves import HostMoves
@@ -78,7 +78,9 @@ def _make_host(group: Group, setup: EngineSetup, names: Sequence[int] | None = N
     )
 
 
-def _make_cuda(group: Group, setup: EngineSetup, names: Sequence[int] | None = None) -> NodeEngine:
+def _make_cuda(
+    group: Group, setup: EngineSetup, names: Sequence[int] | None = None
+) -> DeviceNodeEngine:
     from epcomm.engines.cuda import CudaEngine
 
     return CudaEngine(
@@ -98,24 +100,22 @@ def _make_rails(name: str, group: Group, topology: Topology, setup: EngineSetup)
     # Inside a node waits last longer, and there are no low-latency calls.
     in_node = replace(setup, num_rdma_bytes=0, can_mask=False, timeout_s=setup.timeout_s + GRACE_S)
 
-    def make_node_engine(node_group: Group, names: Sequence[int]) -> NodeEngine:
-        make = _make_cuda if name == "cuda" else _make_host
-        return make(node_group, in_node, names)
-
-    def make_moves(engine: NodeEngine) -> Moves:
+    def make_node(node_group: Group, names: Sequence[int]) -> tuple[NodeEngine, Moves]:
         if name != "cuda":
-            return HostMoves(topology, engine)
+            on_host = _make_host(node_group, in_node, names)
+            return on_host, HostMoves(topology, on_host)
         from epcomm.engines.device_copies import DeviceCopies
         from epcomm.engines.device_rail_moves import DeviceMoves
 
+        on_device = _make_cuda(node_group, in_node, names)
         copies, has_pointers = DeviceCopies(setup.device.index), takes_device_pointers()
-        return DeviceMoves(topology, engine, copies, setup.device, has_pointers)
+        moves = DeviceMoves(topology, on_device, copies, setup.device, has_pointers)
+        return on_device, moves
 
     return RailsEngine(
         group,
         topology,
-        make_node_engine,
-        make_moves,
+        make_node,
         num_bytes=setup.num_rdma_bytes,
         timeout_s=setup.timeout_s,
         buffer_id=setup.buffer_id,

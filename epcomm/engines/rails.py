@@ -71,10 +71,8 @@ _COMBINE = define_call("combine", (*AGREED_SUMS, "num_in_flight"))
 #: By so much longer a rank waits for its own node than for others, whose failures it hears of.
 GRACE_S = 2.0
 
-#: Makes the engine of a node: (its ranks' group, their numbers in the whole group).
-MakeEngine = Callable[[Group, Sequence[int]], NodeEngine]
-#: Makes what moves the rows of a node.
-MakeMoves = Callable[[NodeEngine], Moves]
+#: Makes a node's engine and what moves its rows: (its ranks' group, their numbers in the whole).
+MakeNode = Callable[[Group, Sequence[int]], tuple[NodeEngine, Moves]]
 
 
 class RailsEngine:
@@ -83,8 +81,8 @@ class RailsEngine:
     Args:
         group: The ranks.
         topology: Their nodes, more than one.
-        make_engine: Makes the engine of this rank's node; its waits should last `GRACE_S` longer.
-        make_moves: Makes what moves the rows.
+        make_node: Makes the engine of this rank's node, whose waits should last `GRACE_S` longer,
+            and what moves the rows.
         num_bytes: Staging memory to reserve; grows when a call needs more.
         timeout_s: Deadline of every wait, in seconds.
         buffer_id: Marks the handles of this engine's Buffer.
@@ -96,8 +94,7 @@ class RailsEngine:
         self,
         group: Group,
         topology: Topology,
-        make_engine: MakeEngine,
-        make_moves: MakeMoves,
+        make_node: MakeNode,
         num_bytes: int,
         timeout_s: float,
         buffer_id: int,
@@ -119,8 +116,7 @@ class RailsEngine:
         index = self._ranks.index(topology.rank)
         node_group = NodeGroup(topology.split_by_node(group), self._ranks, self._progress)
         self._board = RailBoard(group.split(index), node_group, topology, timeout_s, GRACE_S)
-        self._engine = make_engine(node_group, self._ranks)
-        self._moves = make_moves(self._engine)
+        self._engine, self._moves = make_node(node_group, self._ranks)
         self.name = f"{self._engine.name}+rails"
         self._link = RailLink(
             group.split(index),
