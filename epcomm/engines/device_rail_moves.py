@@ -236,10 +236,8 @@ class DeviceMoves:
         if pairs is not None:
             assert request.layout is not None  # the Buffer gives it or a handle
             num_experts = request.layout.num_tokens_per_expert.shape[0]
-            routes.on_device = make_device_routes(
-                topology, routes, pairs, num_experts, self._upload
-            )
-        known: DeviceRoutes = routes.on_device
+            routes.of_moves = make_device_routes(topology, routes, pairs, num_experts, self._upload)
+        known: DeviceRoutes = routes.of_moves
         inputs, outputs = inputs_of(request), outputs_of(out)
         gathered = self._stage("gathered", sections_of(inputs, known.longest_chunk).end)
         largest = sections_of(inputs, self._most_coming(known)).end
@@ -335,7 +333,7 @@ class DeviceMoves:
     ) -> None:
         """See `Moves.combine`."""
         stream = self._engine.call_stream()
-        known: DeviceRoutes = routes.on_device
+        known: DeviceRoutes = routes.of_moves
         inputs, outputs = {"data": request.data}, {"data": out.data}
         if request.topk_weights is not None and out.topk_weights is not None:
             inputs["topk_weights"] = request.topk_weights

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,22 @@ from epcomm.rail_link import Bytes, Message, RailLink, Transfer, Window, empty_b
 from epcomm.topology import Topology
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+class ChunkRecord(NamedTuple):
+    """A chunk of a node's rows, as it was spread.
+
+    Attributes:
+        handle: What the node's engine returned for them.
+        first_rows: The row where each of the node's ranks begins.
+    """
+
+    handle: DispatchHandle
+    first_rows: tuple[int, ...]
+
+
+#: By node and chunk.
+ChunkRecords = dict[tuple[int, int], ChunkRecord]
 
 
 class HostMoves:
@@ -196,6 +212,7 @@ class Spread:
         self._engine = engine
         self._request = request
         self._routes = routes
+        self._records: ChunkRecords = routes.of_moves
         self.out = out
         self._inputs: Arrays = {"data": request.data.numpy()}
         if request.scales is not None:
@@ -213,6 +230,7 @@ class Spread:
             first: Row of each source rank's first token.
             pairs: By node, the rail peer's choices of each of this node's experts.
         """
+        self._routes.of_moves = self._records = {}
         self._next_rows = first.copy()
         self._pairs = pairs
         num_ranks = len(self._topology.ranks_of(0))
@@ -274,8 +292,9 @@ class Spread:
         """Dispatch a chunk of a node's rows inside this node. Collective there."""
         key = (node, chunk)
         if self._request.handle is not None:
-            into = replace(self.out, first_rows=self._routes.first_rows[key])
-            self._dispatch(part, into, None, self._routes.handles[key])
+            record = self._records[key]
+            into = replace(self.out, first_rows=record.first_rows)
+            self._dispatch(part, into, None, record.handle)
             return
         ranks = list(self._topology.ranks_of(node))
         first_rows = tuple(self._next_rows[ranks].tolist())
@@ -289,8 +308,7 @@ class Spread:
             is_token_in_rank=view_numpy(mask),
         )
         result = self._dispatch(part, replace(self.out, first_rows=first_rows), layout, None)
-        self._routes.handles[key] = result.handle
-        self._routes.first_rows[key] = first_rows
+        self._records[key] = ChunkRecord(result.handle, first_rows)
         assert result.num_recv_tokens_per_source is not None  # the host waits for the counts
         self._next_rows[ranks] += result.num_recv_tokens_per_source
         self.num_tokens_per_expert += result.num_recv_tokens_per_expert
@@ -340,6 +358,7 @@ class Sums:
         self._engine = engine
         self._request = request
         self._routes = routes
+        self._records: ChunkRecords = routes.of_moves
         self._out = out
 
     def sections(self, num_rows: int) -> Sections:
@@ -413,13 +432,13 @@ class Sums:
         further: Sequence[FurtherRows],
         into: CombineResult,
     ) -> None:
-        key = (node, chunk)
+        record = self._records[node, chunk]
         self._engine.combine(
             self._request._replace(
                 biases=biases,
-                handle=self._routes.handles[key],
+                handle=record.handle,
                 into=into,
-                first_rows=self._routes.first_rows[key],
+                first_rows=record.first_rows,
                 further=further,
             )
         )

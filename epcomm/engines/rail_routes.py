@@ -7,13 +7,12 @@ the same tokens, and adding them in the order of the nodes needs no other chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from epcomm.handle import DispatchHandle
 from epcomm.routing import Bools, Ints
 from epcomm.topology import Topology
 
@@ -31,9 +30,8 @@ class RailRoutes:
         incoming: By node, the tokens of this rank's rail peer that come here, ascending.
         in_node: By node, ``[num_tokens of the rail peer, ranks of a node]``: where its tokens go
             in this node.
-        handles: What the node's engine returned for each node and chunk.
-        first_rows: For each node and chunk, the row where each of the node's ranks begins.
-        on_device: What `device_rail_routes` adds, where rows are on GPUs.
+        of_moves: What moves the rows adds in the first dispatch, for calls with the handle:
+            `rail_moves.ChunkRecords`, or `device_rail_routes.DeviceRoutes` of rows on GPUs.
     """
 
     num_chunk_tokens: int
@@ -43,9 +41,7 @@ class RailRoutes:
     outgoing: list[Ints]
     incoming: list[Ints]
     in_node: list[Bools]
-    handles: dict[tuple[int, int], DispatchHandle] = field(default_factory=dict)
-    first_rows: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    on_device: Any = None
+    of_moves: Any = None
 
     def tokens(self, num_tokens: int, chunk: int) -> slice:
         """Return a chunk's range of tokens, of a rank that has so many in all."""
