@@ -253,12 +253,12 @@ class FakeNodeEngine(StagedEngine):
     """A staged host engine that takes a node's parts as the cuda engine does."""
 
     def call_stream(self) -> int:
-        """See `NodeEngine.call_stream`."""
+        """See `DeviceNodeEngine.call_stream`."""
         ptr: int = self._streams.stream.ptr
         return ptr
 
     def check_part(self, request: Any, max_tokens: int) -> None:
-        """See `NodeEngine.check_part`."""
+        """See `DeviceNodeEngine.check_part`."""
 
     def fail(self, missed: int) -> None:
         """See `NodeEngine.fail`."""
