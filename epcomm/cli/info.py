@@ -15,6 +15,7 @@ from pathlib import Path
 from epcomm import __version__, env, topology
 from epcomm.cli.launch import launched_group
 from epcomm.config import DEFAULT_MAX_TOKENS, Config
+from epcomm.cuda_layout import MAX_LOW_LATENCY_TOKENS
 from epcomm.engines import choose_engine
 from epcomm.errors import UnsupportedConfig
 from epcomm.gpus import find_num_gpus
@@ -32,8 +33,6 @@ _FRAMEWORKS = (
 
 #: What the size of a slab is told for: bf16 rows of 7168 elements, on as many ranks as a node has.
 _ROW_BYTES, _NUM_RANKS = 14336, 8
-#: Where low-latency calls cease to be the faster ones, see "Decoding" in docs/performance.md.
-_LOW_LATENCY_TOKENS = 512
 
 Line = tuple[str, str]
 
@@ -147,10 +146,11 @@ def _describe_engine(nodes: Topology | None) -> Iterator[Line]:
         if num_nodes > 1:
             yield "between nodes", _describe_rails()
             return
+        # Measured: see "Where decoding and throughput meet" in docs/performance.md.
         yield (
             "decoding",
-            f"low-latency calls up to about {_LOW_LATENCY_TOKENS} tokens a rank, dispatch and "
-            "combine for more",
+            f"low-latency calls up to {MAX_LOW_LATENCY_TOKENS} tokens a rank, their most; dispatch "
+            "and combine for more",
         )
     else:
         yield "engine", means
