@@ -41,6 +41,7 @@ enum Failure : i32 {
   kBadExpert,
   kExpertTwice,
   kLowLatencyMismatch,
+  kBadChoices,  // of a rank: the call is given up on all
 };
 
 // In host memory that the device can write; the host reads it when something may have failed.

@@ -76,9 +76,10 @@ __device__ inline u32 exclusive_scan(u32 value, u32* total) {
   return before + inclusive - value;
 }
 
-// Whether a token goes to a receiver. Its choices there are added to pairs, unless that is null.
+// Whether a token goes to a receiver. Its choices there are added to pairs, unless that is null;
+// is_bad is set where one is no expert.
 __device__ __forceinline__ bool goes_to(const RouteParams& params, u32 token, u32 receiver,
-                                        i32* pairs) {
+                                        i32* pairs, bool* is_bad) {
   if (!params.makes_layout) {
     return params.is_token_in_rank[u64(token) * kNumRanks + receiver];
   }
@@ -90,10 +91,13 @@ __device__ __forceinline__ bool goes_to(const RouteParams& params, u32 token, u3
     goes = goes || is_there;
     if (pairs == nullptr) return;
     if (is_there) atomicAdd(pairs + local, 1);
-    if (expert < 0 || expert >= params.num_experts) params.call.record->failure = comm::kBadExpert;
+    if (expert < 0 || expert >= params.num_experts) *is_bad = true;
   });
   return goes;
 }
+
+// Beside a rank's counts: some of its choices are no experts. Every block of it sees that.
+constexpr u32 kHasBadChoices = 1u << 31;
 
 // Sends this rank's count for one receiver to all, and its header and expert counts to that one.
 __device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 receiver, u32 count,
@@ -111,16 +115,32 @@ __device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 rec
   }
 }
 
-// Waits for all counts, into shared memory. By all threads; false when the call has failed.
+// Reports the first rank whose choices are bad. Several blocks may; all write the same.
+__device__ inline void report_bad_choices(const comm::Call& call, u32 bad_ranks) {
+  volatile comm::FailureRecord* record = call.record;
+  record->peer = __ffs(static_cast<int>(bad_ranks)) - 1;
+  __threadfence_system();
+  record->failure = comm::kBadChoices;
+}
+
+// Waits for all counts, into shared memory. By all threads; false when the call has failed, or a
+// rank's choices are bad, which all blocks of all ranks see.
 __device__ inline bool wait_counts(const comm::Call& call, u32 epoch, i32* counts) {
+  __shared__ u32 bad_ranks;
+  if (threadIdx.x == 0) bad_ranks = 0;
+  __syncthreads();
   bool is_good = true;
   if (threadIdx.x < kNumRanks * kNumRanks) {
     const u32 source = threadIdx.x / kNumRanks, receiver = threadIdx.x % kNumRanks;
     const u64* cell = slab::count_cell(call.slabs, call.rank, epoch, source, receiver);
     is_good = comm::wait_cell(call, comm::kCounts, source, epoch, cell);
-    counts[threadIdx.x] = static_cast<i32>(static_cast<u32>(ptx::ld_acquire_sys_u64(cell)));
+    const u32 count = static_cast<u32>(ptx::ld_acquire_sys_u64(cell));
+    counts[threadIdx.x] = static_cast<i32>(count & ~kHasBadChoices);
+    if (is_good && (count & kHasBadChoices) != 0) atomicOr(&bad_ranks, 1u << source);
   }
-  return __syncthreads_and(is_good);
+  if (!__syncthreads_and(is_good)) return false;
+  if (bad_ranks != 0 && threadIdx.x == 0) report_bad_choices(call, bad_ranks);
+  return bad_ranks == 0;
 }
 
 // Whether headers agree, and every rank has room for what arrives. By a warp of the block that
@@ -212,12 +232,16 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   const u32 begin = min_of(threadIdx.x * run, params.num_tokens);
   const u32 end = min_of(begin + run, params.num_tokens);
   u32 mine = 0;
-  for (u32 token = begin; token < end; ++token) mine += goes_to(params, token, other, pairs);
+  bool is_bad = false;
+  for (u32 token = begin; token < end; ++token) {
+    mine += goes_to(params, token, other, pairs, &is_bad);
+  }
   u32 total;
   u32 k = exclusive_scan(mine, &total);
 
   bool is_good = comm::may_begin(call);
-  if (is_good) send_counts(params, epoch, other, total, pairs);
+  const u32 has_bad_choices = __syncthreads_or(is_bad) ? kHasBadChoices : 0;
+  if (is_good) send_counts(params, epoch, other, total | has_bad_choices, pairs);
   is_good = __syncthreads_and(is_good) && wait_counts(call, epoch, counts);
   if (other == me) {
     if (is_good && warp_index() == 0) is_good = check_headers(call, epoch, counts);
@@ -238,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     i32* remote_list = slab::list(call.slabs, other, me);
     for (u32 token = begin; token < end; ++token) {
       const u64 at = u64(token) * kNumRanks + other;
-      const bool goes = goes_to(params, token, other, nullptr);
+      const bool goes = goes_to(params, token, other, nullptr, nullptr);
       params.positions[at] = goes ? static_cast<i32>(first + k) : -1;
       if (goes) remote_list[k++] = static_cast<i32>(token);
     }

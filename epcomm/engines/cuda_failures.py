@@ -19,7 +19,7 @@ LOW_LATENCY_CALL_INDEX = {name: index for index, name in enumerate(LOW_LATENCY_C
 
 # As the enums of comm/call.cuh.
 _TIMEOUT, _PEER_GAVE_UP, _MISMATCH, _TOO_MANY_ROWS, _BAD_EXPERT = range(1, 6)
-_EXPERT_TWICE, _LOW_LATENCY_MISMATCH = 6, 7
+_EXPERT_TWICE, _LOW_LATENCY_MISMATCH, _BAD_CHOICES = 6, 7, 8
 _PHASES = {
     1: "arrival",
     2: "dispatch: counts",
@@ -77,6 +77,11 @@ def error_in(
             f"num_worst_tokens is {int(record['expected'])} on rank {peer}, but "
             f"{int(record['seen'])} rows arrive there; it must be at least that. The sum of all "
             "ranks' tokens is always enough. Nothing was written past the end."
+        )
+    if failure == _BAD_CHOICES:
+        return InvalidArgument(
+            f"topk_idx of rank {peer} holds values that are neither expert ids nor -1. Check that "
+            "num_experts counts the experts of all ranks. The call was given up on all ranks."
         )
     return InvalidArgument(
         "topk_idx holds values that are neither expert ids nor -1; they were left out. Check that "

@@ -19,7 +19,7 @@ from epcomm.handle import DispatchHandle
 
 cuda = pytest.importorskip("epcomm.engines.cuda", reason="CuPy is not installed")
 
-TIMEOUT, MISMATCH, BAD_EXPERT, EXPERT_TWICE = 1, 3, 5, 6
+TIMEOUT, MISMATCH, BAD_EXPERT, EXPERT_TWICE, BAD_CHOICES = 1, 3, 5, 6, 8
 LIST_TOKENS = 100
 
 
@@ -63,6 +63,14 @@ def test_what_all_ranks_share_ends_a_dispatch(engine: Any) -> None:
     engine._record["failure"] = MISMATCH
     with pytest.raises(RankMismatch):
         engine._wait_counts(3)
+
+
+def test_bad_choices_of_a_rank_end_its_dispatch_on_all(engine: Any) -> None:
+    engine._names = (4, 6)
+    engine._record["failure"], engine._record["peer"] = BAD_CHOICES, 1
+    with pytest.raises(InvalidArgument, match="topk_idx of rank 6"):
+        engine._wait_counts(3)
+    engine._raise_failures()  # nothing is left half done
 
 
 def test_failures_that_end_a_call() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -185,26 +184,39 @@ def test_too_many_rows_are_refused_everywhere_and_nothing_moves(
     world.run(partial(run_round, _CASE, inputs))
 
 
-def test_a_bad_expert_is_reported_and_left_out(world: World, inputs: list[Inputs]) -> None:
+def test_a_layout_leaves_out_a_bad_expert_and_reports_it(
+    world: World, inputs: list[Inputs]
+) -> None:
     topk_idx = inputs[0].topk_idx.copy()
     topk_idx[2] = [_CASE.num_experts, -2, 0]
 
-    def choices(rank: Rank) -> Any:
-        return topk_idx if rank.rank == 0 else inputs[rank.rank].topk_idx
-
     def layout(rank: Rank) -> None:
-        rank.layout(choices(rank), _CASE.num_experts)
+        choices = topk_idx if rank.rank == 0 else inputs[rank.rank].topk_idx
+        rank.layout(choices, _CASE.num_experts)
+
+    first, *others = world.failures(layout)
+    assert first is not None
+    assert first.failure == "bad expert"
+    assert others == [None, None]
+
+
+@pytest.mark.parametrize("bad_ranks", [[0], [1, 2]])
+def test_a_dispatch_of_bad_choices_is_given_up_everywhere(
+    world: World, inputs: list[Inputs], bad_ranks: list[int]
+) -> None:
+    choices = [own.topk_idx.copy() for own in inputs]
+    for rank, bad in zip(bad_ranks, (_CASE.num_experts, -2), strict=False):
+        choices[rank][-1, 0] = bad
 
     def route(rank: Rank) -> None:
-        shape = (len(choices(rank)), _CASE.num_ranks)
-        per_expert = np.zeros(_CASE.num_experts, np.int32)
-        rank.route(np.zeros(shape, bool), per_expert, topk_idx=choices(rank))
+        idx = choices[rank.rank]
+        mask = np.zeros((len(idx), _CASE.num_ranks), bool)
+        rank.route(mask, np.zeros(_CASE.num_experts, np.int32), topk_idx=idx)
 
-    for call in (layout, route):
-        first, *others = world.failures(call)
-        assert first is not None
-        assert first.failure == "bad expert"
-        assert others == [None, None]
+    for failed in world.failures(route):
+        assert failed is not None
+        assert (failed.failure, int(failed.record["peer"])) == ("bad choices", bad_ranks[0])
+    world.run(partial(run_round, _CASE, inputs))
 
 
 # --- processes of their own --------------------------------------------------------------------

@@ -37,6 +37,7 @@ FAILURES = {
     5: "bad expert",
     6: "expert twice",
     7: "low-latency mismatch",
+    8: "bad choices",
 }
 
 _GUARD_BYTES = 256

@@ -132,3 +132,4 @@ inline void __threadfence_system() { asm volatile("mfence" ::: "memory"); }
 // --- numbers -----------------------------------------------------------------------------------
 
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
+inline int __ffs(int word) { return __builtin_ffs(word); }
