@@ -171,8 +171,10 @@ class CudaLowLatency:
                 f"and there are {_NUM_SLOTS} slots; call the oldest hook() first. Nothing was sent."
             )
 
-    def _make_room(self, name: str, shape: LowLatencyShape, num_topk: int, lines: int) -> _Slab:
-        _check_limits(shape, num_topk)
+    def _make_room(
+        self, name: str, shape: LowLatencyShape, told: tuple[int, ...], lines: int
+    ) -> _Slab:
+        """Return slabs with room for a call, of which all ranks are told so much."""
         needed = cuda_layout.low_latency_rows_bytes(shape, lines)
         slab = self._slab
         if slab is not None and slab.rows_bytes >= needed:
@@ -184,18 +186,46 @@ class CudaLowLatency:
                 f"Pass num_rdma_bytes={hint} or more when making the Buffer, see "
                 "get_low_latency_rdma_size_hint, or make the call once before. Nothing was sent."
             )
-        self._before_growth()
-        if slab is not None and self._masks.get().any():
-            raise TransportError(
-                f"{name} needs {hint} bytes of slots, and they cannot grow while a rank is masked: "
-                f"growing takes all ranks. Pass num_rdma_bytes={hint} when making the Buffer."
-            )
+        if slab is None:
+            self._before_growth()
+        else:
+            self._agree(name, shape, told, slab)
+            if self._masks.get().any():
+                raise TransportError(
+                    f"{name} needs {hint} bytes of slots, and they cannot grow while a rank is "
+                    f"masked: growing takes all ranks. Pass num_rdma_bytes={hint} when making the "
+                    "Buffer."
+                )
         # Every rank comes to the same decision: the shape is the same on all.
         new = self._new_slab(needed)
         if slab is not None:
             self._old.append(slab)
         self._slab = new
         return new
+
+    def _agree(self, name: str, shape: LowLatencyShape, told: tuple[int, ...], slab: _Slab) -> None:
+        """Meet the others in a dispatch of no tokens, with the header of the call in hand.
+
+        Ranks that agree all need more room; one that does not would wait for the others in vain.
+        When this returns all calls of this rank are done.
+        """
+        num_local = shape.num_local_experts
+        *agreed, _num_tokens, num_parts = told
+        call = _Call(
+            name=name,
+            slab=slab,
+            spec=kernels.low_latency_dispatch_spec(shape.num_ranks, False, LOW_LATENCY_GRID),
+            params=cuda_params.LOW_LATENCY_DISPATCH,
+            shape=(*agreed, 0, num_parts),
+            shared_bytes=_dispatch_shared_bytes(shape),
+        )
+        counts = cupy.empty(num_local, np.int32)
+        sources = cupy.empty((num_local, shape.num_recv_rows), np.int32)
+        ranges = cupy.empty((num_local, shape.num_ranks), np.int64)
+        outputs = (counts.data.ptr, sources.data.ptr, ranges.data.ptr)
+        self._launch(call, _SENDS | _RECEIVES, (0, 0, 0, 0, *outputs, 0, 0, 0))
+        self._num_calls += 1
+        self._before_growth()
 
     def _start(
         self,
@@ -211,31 +241,10 @@ class CudaLowLatency:
             own: The params behind the common part, in order.
         """
         ticket = self._take_ticket() if request.has_hook else 0
+        wait_stats = 0 if request.wait_stats is None else request.wait_stats.ptr
 
         def run(phases: int) -> None:
-            common = (
-                *call.slab.bases,
-                call.slab.rows_bytes,
-                *call.shape,
-                call.slab.state.data.ptr,
-                self._record.ctypes.data,
-                self._masks.data.ptr,
-                ticket,
-                0 if request.wait_stats is None else request.wait_stats.ptr,
-                int(self._timeout_s * 1e9),
-                *(self._group.rank, phases, int(self._can_mask), 0),
-            )
-            self._launcher.launch(
-                call.spec,
-                stream=self._stream(),
-                # What is only received was sent by kernels that are launched.
-                meets=bool(phases & _SENDS) and not self._is_capturing(),
-                can_mask=self._can_mask,
-                num_blocks=self._num_blocks(),
-                num_threads=LOW_LATENCY_GRID.num_threads,
-                params=cuda_params.pack_all(call.params, (*common, *own)),
-                shared_bytes=call.shared_bytes,
-            )
+            self._launch(call, phases, own, ticket, wait_stats)
 
         if not request.has_hook:
             run(_SENDS | _RECEIVES)
@@ -258,6 +267,39 @@ class CudaLowLatency:
 
         return receive
 
+    def _launch(
+        self,
+        call: _Call,
+        phases: int,
+        own: tuple[int, ...],
+        ticket: int = 0,
+        wait_stats: int = 0,
+    ) -> None:
+        """Launch a kernel of a call; see `_start`."""
+        common = (
+            *call.slab.bases,
+            call.slab.rows_bytes,
+            *call.shape,
+            call.slab.state.data.ptr,
+            self._record.ctypes.data,
+            self._masks.data.ptr,
+            ticket,
+            wait_stats,
+            int(self._timeout_s * 1e9),
+            *(self._group.rank, phases, int(self._can_mask), 0),
+        )
+        self._launcher.launch(
+            call.spec,
+            stream=self._stream(),
+            # What is only received was sent by kernels that are launched.
+            meets=bool(phases & _SENDS) and not self._is_capturing(),
+            can_mask=self._can_mask,
+            num_blocks=self._num_blocks(),
+            num_threads=LOW_LATENCY_GRID.num_threads,
+            params=cuda_params.pack_all(call.params, (*common, *own)),
+            shared_bytes=call.shared_bytes,
+        )
+
     def _take_ticket(self) -> int:
         """Return device memory for the epoch of one call."""
         if not self._tickets:
@@ -278,21 +320,23 @@ class CudaLowLatency:
         shape, fp8, idx = request.shape, request.fp8, request.topk_idx
         self._check_unreceived(name)
         num_tokens, num_topk = idx.shape
-        slab = self._make_room(name, shape, num_topk, shape.num_ranks)
+        _check_limits(shape, num_topk)
         is_fp8 = fp8 is not Fp8Format.NONE
+        told = (
+            cuda_failures.LOW_LATENCY_CALL_INDEX[name],
+            *(shape.num_max_tokens, shape.hidden, shape.num_experts),
+            *(num_topk, fp8.value, num_tokens),
+            self._num_parts(shape, num_tokens, 1 if is_fp8 else 2),
+        )
+        slab = self._make_room(name, shape, told, shape.num_ranks)
         result, scales = allocate_result(request)
         call = _Call(
             name=name,
             slab=slab,
             spec=kernels.low_latency_dispatch_spec(shape.num_ranks, is_fp8, LOW_LATENCY_GRID),
             params=cuda_params.LOW_LATENCY_DISPATCH,
-            shape=(
-                cuda_failures.LOW_LATENCY_CALL_INDEX[name],
-                *(shape.num_max_tokens, shape.hidden, shape.num_experts),
-                *(num_topk, fp8.value, num_tokens),
-                self._num_parts(shape, num_tokens, 1 if is_fp8 else 2),
-            ),
-            shared_bytes=shape.num_local_experts * (_SPAN_BYTES + shape.num_ranks * _COUNT_BYTES),
+            shape=told,
+            shared_bytes=_dispatch_shared_bytes(shape),
         )
         own = (
             *(request.data.ptr, idx.ptr, result["data"].ptr),
@@ -326,19 +370,20 @@ class CudaLowLatency:
             self._check_zero_copy(request)
         num_tokens, num_topk = idx.shape
         is_by_rank = request.precision is CombinePrecision.RANK
-        lines = shape.num_ranks if is_by_rank else num_topk
-        slab = self._make_room(name, shape, num_topk, lines)
+        _check_limits(shape, num_topk)
+        told = (
+            cuda_failures.LOW_LATENCY_CALL_INDEX[name],
+            *(shape.num_max_tokens, shape.hidden, shape.num_experts),
+            *(num_topk, request.precision.value, num_tokens),
+            self._num_parts(shape, num_tokens, BFLOAT16.itemsize),
+        )
+        slab = self._make_room(name, shape, told, shape.num_ranks if is_by_rank else num_topk)
         call = _Call(
             name=name,
             slab=slab,
             spec=kernels.low_latency_combine_spec(shape.num_ranks, LOW_LATENCY_GRID),
             params=cuda_params.LOW_LATENCY_COMBINE,
-            shape=(
-                cuda_failures.LOW_LATENCY_CALL_INDEX[name],
-                *(shape.num_max_tokens, shape.hidden, shape.num_experts),
-                *(num_topk, request.precision.value, num_tokens),
-                self._num_parts(shape, num_tokens, BFLOAT16.itemsize),
-            ),
+            shape=told,
             shared_bytes=shape.num_local_experts * _SPAN_BYTES,
         )
         own = (
@@ -388,6 +433,10 @@ class CudaLowLatency:
         # One byte of a little-endian word.
         ptr = self._masks.data.ptr + _MASK_BYTES * rank
         cupy.cuda.runtime.memsetAsync(ptr, int(is_masked), 1, self._stream().ptr)
+
+
+def _dispatch_shared_bytes(shape: LowLatencyShape) -> int:
+    return shape.num_local_experts * (_SPAN_BYTES + shape.num_ranks * _COUNT_BYTES)
 
 
 def _check_limits(shape: LowLatencyShape, num_topk: int) -> None:

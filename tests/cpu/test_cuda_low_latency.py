@@ -9,6 +9,7 @@ import ctypes
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ from epcomm.engines.base import (
     LowLatencyDispatchRequest,
     LowLatencyDispatchResult,
 )
-from epcomm.errors import InvalidArgument
+from epcomm.errors import InvalidArgument, RankMismatch
 from epcomm.group import Group
 
 cuda_low_latency = pytest.importorskip(
@@ -130,7 +131,7 @@ class _Rank:
             launcher=cuda_launch.PeerLauncher(group, False, timeout_s),
             stream=lambda: stream,
             is_capturing=lambda: self.is_capturing,
-            before_growth=lambda: None,
+            before_growth=self.check,
         )
 
     def check(self) -> None:
@@ -256,6 +257,36 @@ def test_calls_of_every_kind_on_slabs_that_grow(on_cpu: None) -> None:
 
     first, *_ = run_threads(fn, 2)
     assert first[0] < first[1] < first[2] == first[3] == first[4]
+
+
+@pytest.mark.parametrize("call", ["dispatch", "combine"])
+@pytest.mark.parametrize("needs_more", [_LARGE, replace(_CASE, num_max=99)], ids=["all", "tokens"])
+def test_one_rank_alone_needs_more_room(on_cpu: None, call: str, needs_more: emulated.Case) -> None:
+    """It tells the others what it passes before it waits for them to grow."""
+    needs_more = replace(needs_more, num_topk=_CASE.num_topk, num_local=_CASE.num_local)
+
+    def fn(group: Group) -> None:
+        rank = _Rank(group)
+        round_trip(rank, _CASE, 0)
+        case = needs_more if rank.rank == 1 else _CASE
+        own = emulated.make_inputs(case, 1, rank.rank, 8)
+        rows = np.zeros((case.num_local, case.num_rows, case.hidden), emulated.BF16)
+        ranges = view_numpy(np.zeros((case.num_local, 2), np.int64))
+        said = f"num_max_.*rank 0: {_CASE.num_max}, rank 1: {needs_more.num_max}"
+
+        def disagree() -> None:
+            if call == "dispatch":
+                rank.dispatch(case, own)
+            else:
+                rank.combine(case, own, rows, ranges)
+            rank.check()
+
+        with pytest.raises(RankMismatch, match=said):
+            disagree()
+        for round_index, agreed in enumerate((_CASE, _LARGE), start=2):
+            round_trip(rank, agreed, round_index)
+
+    run_threads(fn, 2)
 
 
 def test_the_hint_is_enough(on_cpu: None) -> None:

@@ -10,7 +10,7 @@ from launch import Result
 
 SCENARIOS = (
     *("late-dispatch", "late-combine", "disagree", "disagree-and-grow"),
-    *("worst", "many-tokens", "one-has-many"),
+    *("worst", "many-tokens", "one-has-many", "bad-choices", "low-latency-disagree"),
 )
 
 

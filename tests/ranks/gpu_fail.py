@@ -13,6 +13,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ from contract_dispatch import (
     check_dispatch,
     for_frame,
 )
+from contract_low_latency import Case as LowLatencyCase
+from contract_low_latency import call_plainly, send
 from frames import FRAMES, poison_byte
 
 from epcomm import Buffer, CommTimeout, InvalidArgument, RankMismatch
@@ -243,6 +247,39 @@ def run_one_has_many(check: Checker, case: Case) -> None:
         check_round(check, buffer, case, 1)
 
 
+def run_bad_choices(check: Checker, case: Case) -> None:
+    """One rank chooses what is no expert: where dispatch makes the layout, all are told at once."""
+    with check.buffer(NUM_BYTES) as buffer:
+        check_round(check, buffer, case)
+        arguments = arguments_of(check, case)
+        if check.rank == LATE:
+            choices = check.frame.numpy(arguments["topk_idx"]).copy()
+            choices[-1, 0] = arguments["num_experts"]
+            arguments["topk_idx"] = check.frame.make(choices)
+        check.frame.synchronize()
+        for num_worst_tokens in (0, 200):
+            check.case = f"bad choices, num_worst_tokens={num_worst_tokens}"
+            call = partial(buffer.dispatch, **arguments, num_worst_tokens=num_worst_tokens)
+            error, _ = error_of(check, buffer, call)
+            is_a(check, error, InvalidArgument, f"topk_idx of rank {LATE}", "on all ranks")
+            check_round(check, buffer, case, 1)
+
+
+def run_low_latency_disagree(check: Checker, case: Case) -> None:
+    """One rank's low-latency calls are for more tokens, for which there is no room yet."""
+    small = LowLatencyCase("small", (5, 7), 8, 256, 3, 4, "uniform")
+    large = replace(small, num_max=2 * small.num_max)
+    with check.buffer() as buffer:
+        call_plainly(check, buffer, small)
+        check.case = "disagreement, low-latency"
+        own = large if check.rank == LATE else small
+        error, _ = error_of(check, buffer, lambda: send(check, buffer, own, 0))
+        numbers = (f"rank 0: {small.num_max}", f"rank {LATE}: {large.num_max}")
+        is_a(check, error, RankMismatch, "num_max_dispatch_tokens_per_rank", *numbers)
+        for agreed in (small, large):
+            call_plainly(check, buffer, agreed)
+
+
 SCENARIOS: dict[str, Callable[[Checker, Case], None]] = {
     "late-dispatch": run_late_dispatch,
     "late-combine": run_late_combine,
@@ -251,6 +288,8 @@ SCENARIOS: dict[str, Callable[[Checker, Case], None]] = {
     "worst": run_worst,
     "many-tokens": run_many_tokens,
     "one-has-many": run_one_has_many,
+    "bad-choices": run_bad_choices,
+    "low-latency-disagree": run_low_latency_disagree,
 }
 
 
