@@ -11,7 +11,6 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from epcomm.errors import (
     EpcommError,
@@ -48,6 +47,7 @@ class CudaSlabs:
         num_bytes: Size of every slab.
         num_zeroed_bytes: Bytes at its beginning that are zeroed before any peer can see them.
         timeout_s: Deadline of the exchange, in seconds.
+        names: Numbers of the ranks in a larger group, for errors; None where there is none.
 
     Raises:
         TransportError: Some rank has not enough GPU memory. Every rank raises it.
@@ -57,10 +57,17 @@ class CudaSlabs:
     """
 
     def __init__(
-        self, group: Group, device: int, num_bytes: int, num_zeroed_bytes: int, timeout_s: float
+        self,
+        group: Group,
+        device: int,
+        num_bytes: int,
+        num_zeroed_bytes: int,
+        timeout_s: float,
+        names: Sequence[int] | None = None,
     ) -> None:
         self.num_bytes = num_bytes
         self._group = group
+        self._names = tuple(range(group.size)) if names is None else tuple(names)
         self._timeout_s = timeout_s
         self._opened: list[int] = []
         self._own, error = _allocate(num_bytes, num_zeroed_bytes)
@@ -81,13 +88,13 @@ class CudaSlabs:
         sizes = [each.num_bytes for each in offers]
         if len(set(sizes)) > 1:
             raise RankMismatch(
-                f"ranks need GPU slabs of different sizes ({sizes} bytes, by rank). Every rank "
-                "must pass the same sizes, shapes and dtypes. Nothing was sent."
+                f"ranks {list(self._names)} need GPU slabs of {sizes} bytes, which differ. Every "
+                "rank must pass the same sizes, shapes and dtypes. Nothing was sent."
             )
-        _raise_first(TransportError, [each.error for each in offers])
-        unreachable = _find_unreachable(offers, group.rank)
+        self._raise_first(TransportError, [each.error for each in offers])
+        unreachable = _find_unreachable(offers, group.rank, self._names)
         found = group.allgather(unreachable, timeout_s=timeout_s, phase="looking for peer access")
-        _raise_first(UnsupportedConfig, found)
+        self._raise_first(UnsupportedConfig, found)
         #: Whether another rank is a thread of this process.
         self.are_threads = any(
             each.process == offer.process for rank, each in enumerate(offers) if rank != group.rank
@@ -98,8 +105,13 @@ class CudaSlabs:
         )
         ptrs, error = self._map_all(offers)
         errors = group.allgather(error, timeout_s=timeout_s, phase="mapping GPU slabs")
-        _raise_first(PeerMapError, errors)
+        self._raise_first(PeerMapError, errors)
         self.ptrs = tuple(ptrs)
+
+    def _raise_first(self, kind: type[EpcommError], errors: Sequence[str]) -> None:
+        for name, error in zip(self._names, errors, strict=True):
+            if error:
+                raise kind(f"rank {name}: {error}")
 
     def _free(self) -> None:
         import cupy
@@ -132,7 +144,7 @@ class CudaSlabs:
                     ptrs.append(ptr)
             except runtime.CUDARuntimeError as problem:
                 return [], (
-                    f"rank {self._group.rank} cannot map the GPU slab of rank {peer} (GPU "
+                    f"cannot map the GPU slab of rank {self._names[peer]} (GPU "
                     f"{offer.bus_id}): {problem}. Every process must see all GPUs of the node: "
                     "leave CUDA_VISIBLE_DEVICES alike and choose the GPU with "
                     "cupy.cuda.Device(i).use() or torch.cuda.set_device(i)."
@@ -189,7 +201,7 @@ def _make_offer(device: int, num_bytes: int, ptr: int, error: str) -> _Offer:
     return _Offer(_process(), device, num_bytes, bus_id, ptr, handle, error)
 
 
-def _find_unreachable(offers: Sequence[_Offer], rank: int) -> str:
+def _find_unreachable(offers: Sequence[_Offer], rank: int, names: Sequence[int]) -> str:
     """Return what is wrong, or an empty string. GPUs this process does not see are left to IPC."""
     import cupy
 
@@ -202,10 +214,10 @@ def _find_unreachable(offers: Sequence[_Offer], rank: int) -> str:
             continue
         if device != mine.device and not runtime.deviceCanAccessPeer(mine.device, device):
             return (
-                f"GPU {mine.bus_id} (rank {rank}) has no peer access to GPU {offer.bus_id} (rank "
-                f"{peer}); the cuda engine needs NVLink or PCIe peer access between all ranks of "
-                "a node. Use engine='host', device=i, which copies arrays of GPU i through host "
-                "memory; or engine='host' with CPU arrays."
+                f"GPU {mine.bus_id} (rank {names[rank]}) has no peer access to GPU {offer.bus_id} "
+                f"(rank {names[peer]}); the cuda engine needs NVLink or PCIe peer access between "
+                "all ranks of a node. Use engine='host', device=i, which copies arrays of GPU i "
+                "through host memory; or engine='host' with CPU arrays."
             )
     return ""
 
@@ -221,9 +233,3 @@ def _enable_peer_access(device: int, peer: int) -> None:
     except runtime.CUDARuntimeError as problem:
         if "PeerAccessAlreadyEnabled" not in str(problem):
             raise
-
-
-def _raise_first(kind: type[EpcommError], errors: Sequence[Any]) -> None:
-    for rank, error in enumerate(errors):
-        if error:
-            raise kind(f"rank {rank}: {error}")

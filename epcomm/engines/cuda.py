@@ -119,6 +119,7 @@ class CudaEngine:
                 state=self._state.data.ptr,
                 record=self._record_ptr,
                 timeout_s=timeout_s,
+                names=self._names,
             )
             self._launcher = PeerLauncher(group, self._room.slabs.are_threads, timeout_s)
             self._low_latency = CudaLowLatency(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from epcomm import cuda_layout
@@ -28,6 +30,7 @@ class Room:
         state: Address of the CallState of this rank's calls.
         record: Address of the FailureRecord that kernels write.
         timeout_s: Deadline of every wait, in seconds.
+        names: What errors call each rank.
 
     Attributes:
         areas: How every slab is divided.
@@ -36,15 +39,28 @@ class Room:
     """
 
     def __init__(
-        self, group: Group, device: int, num_bytes: int, state: int, record: int, timeout_s: float
+        self,
+        group: Group,
+        device: int,
+        num_bytes: int,
+        state: int,
+        record: int,
+        timeout_s: float,
+        names: Sequence[int],
     ) -> None:
         self._group, self._device, self._timeout_s = group, device, timeout_s
+        self._names = names
         self._state, self._record = state, record
         self._use(_first_areas(group.size, num_bytes))
 
     def _use(self, areas: Areas) -> None:
         self.slabs = CudaSlabs(
-            self._group, self._device, areas.num_bytes, areas.stage_offset, self._timeout_s
+            self._group,
+            self._device,
+            areas.num_bytes,
+            areas.stage_offset,
+            self._timeout_s,
+            self._names,
         )
         self.areas = areas
         call = np.zeros((), cuda_params.CALL)

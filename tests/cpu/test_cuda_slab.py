@@ -65,8 +65,10 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
 
 def test_slabs_of_different_sizes_are_refused_on_all_ranks(runtime: FakeRuntime) -> None:
     def fn(group: Group) -> None:
-        with pytest.raises(RankMismatch, match=r"\[256, 512, 256\] bytes, by rank"):
-            CudaSlabs(group, 0, 512 if group.rank == 1 else 256, 64, 10.0)
+        names = range(3, 6)
+        said = r"ranks \[3, 4, 5\] need GPU slabs of \[256, 512, 256\] bytes"
+        with pytest.raises(RankMismatch, match=said):
+            CudaSlabs(group, 0, 512 if group.rank == 1 else 256, 64, 10.0, names)
 
     run_threads(fn, 3)
     assert not runtime.allocated
@@ -74,8 +76,8 @@ def test_slabs_of_different_sizes_are_refused_on_all_ranks(runtime: FakeRuntime)
 
 def test_too_little_memory_leaves_nothing_behind(runtime: FakeRuntime) -> None:
     def fn(group: Group) -> None:
-        with pytest.raises(TransportError, match="no room for a GPU slab"):
-            CudaSlabs(group, 0, LARGEST + 1, 64, 10.0)
+        with pytest.raises(TransportError, match="rank 3: no room for a GPU slab"):
+            CudaSlabs(group, 0, LARGEST + 1, 64, 10.0, names=(3, 5))
 
     run_threads(fn, 2)
     assert not runtime.allocated
@@ -119,7 +121,7 @@ def test_a_growth_that_fails_changes_nothing(runtime: FakeRuntime) -> None:
     from epcomm.engines.cuda_room import Room
 
     def fn(group: Group) -> None:
-        room = Room(group, 0, 0, state=1, record=2, timeout_s=10.0)
+        room = Room(group, 0, 0, state=1, record=2, timeout_s=10.0, names=range(2))
         before = room.areas, room.slabs, room.call
         needed = areas_for(group.size, 8192, 14336, 0)
         with pytest.raises(TransportError, match="no room for a GPU slab"):
