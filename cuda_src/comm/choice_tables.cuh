@@ -63,19 +63,11 @@ struct TablePiece {
   }
 };
 
-// Reads what a warp tells first: it is on its way, and looked through, while the call begins.
-__device__ __forceinline__ OwnEntry first_entry(const LowLatencyCall& call, const void* topk_idx,
-                                                u32 is_64_bit, const float* weights) {
-  const TablePiece piece(0);
-  if (!piece.is_token(call)) return {-1, 0, kNoFailure};
-  return own_entry(call, topk_idx, is_64_bit, weights, piece.place - 1);
-}
-
-// Tells every peer what this call is and what its tokens choose. weights: null in dispatch. entry:
-// the warp's first. By all threads; each warp for itself.
+// Tells every peer what this call is and what its tokens choose. weights: null in dispatch. By
+// all threads; each warp for itself.
 __device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Round& round,
                                             const void* topk_idx, u32 is_64_bit,
-                                            const float* weights, OwnEntry entry) {
+                                            const float* weights) {
   const LowLatencyShape& shape = call.shape;
   const u32 lane = lane_index();
 #pragma unroll 1
@@ -83,9 +75,8 @@ __device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Ro
     const TablePiece piece(n);
     const bool is_token = piece.is_token(call);
     if (!is_token && piece.place != 0) break;
-    if (n > 0 && is_token) {
-      entry = own_entry(call, topk_idx, is_64_bit, weights, piece.place - 1);
-    }
+    OwnEntry entry = {-1, 0, kNoFailure};
+    if (is_token) entry = own_entry(call, topk_idx, is_64_bit, weights, piece.place - 1);
     if ((round.masked >> piece.peer) & 1) continue;
     if (!is_token) {
       if (lane >= slab::kLowLatencyHeaderWords) continue;

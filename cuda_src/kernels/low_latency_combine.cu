@@ -73,21 +73,13 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   __shared__ u64 ranges[kKeptRanges];
   const comm::LowLatencyCall& call = params.call;
   __shared__ comm::Round round;
-  // On its way while the call begins.
   const bool tries_few = may_be_few(params);
-  const u32 num_kept = min_of(call.shape.num_experts, kKeptRanges);
-  i64 range = 0;
-  comm::OwnEntry entry = {};
-  if (call.phases & comm::kSends) {
-    if (threadIdx.x < num_kept) range = params.layout_range[threadIdx.x];
-    entry = comm::first_entry(call, params.topk_idx, params.is_64_bit, params.topk_weights);
-  }
   if (!comm::begin(call, &round)) return;
   if (call.phases & comm::kSends) {
-    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights, entry);
+    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < num_kept; i += blockDim.x) {
-      ranges[i] = i == threadIdx.x ? range : params.layout_range[i];
+    for (u32 i = threadIdx.x; i < min_of(call.shape.num_experts, kKeptRanges); i += blockDim.x) {
+      ranges[i] = params.layout_range[i];
     }
   }
   if (tries_few) comm::clear(call, &tables.few);

@@ -37,14 +37,10 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   __shared__ comm::Round round;
   // What is sent first is read while the call begins.
   OwnPart own;
-  comm::OwnEntry entry = {};
-  if (call.phases & comm::kSends) {
-    load_part(params, own_item(0), &own);
-    entry = comm::first_entry(call, params.topk_idx, params.is_64_bit, nullptr);
-  }
+  if (call.phases & comm::kSends) load_part(params, own_item(0), &own);
   if (!comm::begin(call, &round)) return;
   if (call.phases & comm::kSends) {
-    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, nullptr, entry);
+    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, nullptr);
     send_rows(params, round, &own);
   }
   if (call.phases & comm::kReceives) {

@@ -83,7 +83,7 @@ def test_a_rank_that_never_comes_is_named(
         handles[rank.rank] = route(rank, inputs[rank.rank].topk_idx)
 
     world.run(prepare)
-    world.ranks[0].timeout_s = 0.2
+    world.ranks[0].timeout_s = 1.0  # rank 1 comes well before, on a busy machine too
 
     def one_call(rank: Rank) -> None:
         own, handle = inputs[rank.rank], handles[rank.rank]
