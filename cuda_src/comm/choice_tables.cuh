@@ -132,8 +132,9 @@ __device__ inline bool decide(const LowLatencyCall& call, u32 epoch, u32 source,
   return (before & 1) != 0;
 }
 
-// Agrees with this rank's other blocks on the sources that take part, and masks the others. seen:
-// those that this block has seen. By all threads; the same to all.
+// Agrees with this rank's other blocks on the sources that take part, and masks the others; what a
+// kernel that sends decided holds for the one that receives. seen: those that this block has seen.
+// By all threads; the same to all.
 __device__ inline u32 agree_on_sources(const LowLatencyCall& call, const Round& round, u32 seen,
                                        u32* taking_part) {
   if (warp_index() == 0) {
@@ -150,6 +151,13 @@ __device__ inline u32 agree_on_sources(const LowLatencyCall& call, const Round& 
   const u32 bits = *taking_part;
   __syncthreads();
   return bits;
+}
+
+// Reports a source that takes part, as another block saw it, and that this block does not see: it
+// wrote a later call over it. By all threads.
+__device__ inline void report_unseen(const LowLatencyCall& call, const Round& round, u32 unseen) {
+  if (threadIdx.x != 0) return;
+  report(call, kTimeout, kLowLatencyTables, __ffs(static_cast<int>(unseen)) - 1, round.epoch, 0);
 }
 
 // Reports the first value in which a source differs from this rank. By one thread; every rank that
@@ -247,8 +255,9 @@ struct EntryEnds {
   }
 };
 
-// Entries of tables, several of a thread on their way together. Entries that do not come are noted,
-// of every source: others must not count what came of them. By all threads.
+// Entries of tables, several of a thread on their way together. A thread that misses one still
+// looks at its others: every source whose table is not whole must be noted, or its rows would be
+// counted. By all threads.
 //   place(i, &source)          the cells of entry i, and whose it is
 //   use(i, expert, weight)     is called for each that arrives
 template <bool kHasWeights, typename PlaceOf, typename Use>

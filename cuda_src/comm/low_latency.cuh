@@ -71,7 +71,7 @@ struct LowLatencyState {
   u32 num_finished_blocks;  // of a call whose waits are summed
   u32 has_failed;
   u32 waited_us[kMaxRanks];
-  u64 verdicts[kMaxRanks];  // {epoch, whether the source takes part in this dispatch}
+  u64 verdicts[kMaxRanks];  // {epoch, whether the source takes part in this call}
   u64 padding[3];
   BlockState blocks[kMaxLowLatencyBlocks];
 };

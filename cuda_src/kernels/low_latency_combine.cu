@@ -42,8 +42,10 @@ __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
                                              u32* taking_part) {
   constexpr u32 kAll = (1u << kNumRanks) - 1;
   comm::Arrivals* arrivals = &sources->arrivals;
-  u32 wanted = kAll & ~round.masked;
-  while (true) {
+  u32 wanted = kAll & ~round.masked, unseen = 0;
+  // Twice at most: what takes part by another block's word has come.
+#pragma unroll 1
+  for (u32 look = 0; look < 2; ++look) {
     if (threadIdx.x == 0) *arrivals = {~wanted, 0, 0, 0};
     __syncthreads();
     if (!comm::read_headers(call, round, wanted, sources->headers, arrivals, [&] {
@@ -54,9 +56,12 @@ __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
     const u32 seen = kAll & ~arrivals->missing;
     *taking_part =
         call.can_mask ? comm::agree_on_sources(call, round, seen, &arrivals->taking_part) : seen;
-    if ((*taking_part & ~seen) == 0) return true;
-    wanted = *taking_part;  // what only another block waited for long enough is there
+    unseen = *taking_part & ~seen;
+    if (unseen == 0) return true;
+    wanted = *taking_part;
   }
+  comm::report_unseen(call, round, unseen);
+  return false;
 }
 
 }  // namespace epcomm

@@ -81,18 +81,21 @@ __device__ __forceinline__ bool find_sources(const LowLatencyDispatchParams& par
                                              u32* counts, comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
   constexpr u32 kAll = (1u << kNumRanks) - 1;
-  u32 wanted = kAll & ~round.masked;
-  while (true) {
+  u32 wanted = kAll & ~round.masked, unseen = 0;
+  // Twice at most: what takes part by another block's word has come whole.
+#pragma unroll 1
+  for (u32 look = 0; look < 2; ++look) {
     if (!count_rows(params, round, wanted, sources, counts, few)) return false;
     if (!call.can_mask) return true;
     const u32 seen = kAll & ~sources->arrivals.missing;
     const u32 taking_part =
         comm::agree_on_sources(call, round, seen, &sources->arrivals.taking_part);
     if (taking_part == seen && taking_part == wanted) return true;
-    // What came of a source that is missing was counted: not the next time. And one that only
-    // another block waited for long enough has come whole.
-    wanted = taking_part;
+    wanted = taking_part;  // what came of a source that is missing was counted: not the next time
+    unseen = taking_part & ~seen;
   }
+  comm::report_unseen(call, round, unseen);
+  return false;
 }
 
 // Rows of each source for each local expert, as counted.

@@ -7,7 +7,7 @@
 //       counts [kNumRanks source, kNumRanks receiver] i32; summary, for later kernels; HostSummary,
 //       for the host.
 // Grid: kNumRanks blocks; block d speaks to receiver d and listens to source d. All fit on any GPU
-//       at once, and none waits for another block of its own grid.
+//       at once, and each sends its counts before it waits for the others'.
 //
 // Ordering:
 //   header and expert counts for receiver d  -> release of my count cells   (block d)
@@ -76,8 +76,8 @@ __device__ inline u32 exclusive_scan(u32 value, u32* total) {
   return before + inclusive - value;
 }
 
-// Whether a token goes to a receiver. Its choices there are added to pairs, unless that is null;
-// is_bad is set where one is no expert.
+// Whether a token goes to a receiver. Its choices there are added to pairs, and is_bad is set where
+// one is no expert; neither where pairs is null.
 __device__ __forceinline__ bool goes_to(const RouteParams& params, u32 token, u32 receiver,
                                         i32* pairs, bool* is_bad) {
   if (!params.makes_layout) {
@@ -115,19 +115,11 @@ __device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 rec
   }
 }
 
-// Reports the first rank whose choices are bad. Several blocks may; all write the same.
-__device__ inline void report_bad_choices(const comm::Call& call, u32 bad_ranks) {
-  volatile comm::FailureRecord* record = call.record;
-  record->peer = __ffs(static_cast<int>(bad_ranks)) - 1;
-  __threadfence_system();
-  record->failure = comm::kBadChoices;
-}
-
-// Waits for all counts, into shared memory. By all threads; false when the call has failed, or a
-// rank's choices are bad, which all blocks of all ranks see.
-__device__ inline bool wait_counts(const comm::Call& call, u32 epoch, i32* counts) {
-  __shared__ u32 bad_ranks;
-  if (threadIdx.x == 0) bad_ranks = 0;
+// Waits for all counts, into shared memory. By all threads; false when the call has failed.
+//   bad_ranks  in shared memory: the ranks whose choices are bad, as bits; to all blocks of all
+//              ranks the same
+__device__ inline bool wait_counts(const comm::Call& call, u32 epoch, i32* counts, u32* bad_ranks) {
+  if (threadIdx.x == 0) *bad_ranks = 0;
   __syncthreads();
   bool is_good = true;
   if (threadIdx.x < kNumRanks * kNumRanks) {
@@ -136,17 +128,28 @@ __device__ inline bool wait_counts(const comm::Call& call, u32 epoch, i32* count
     is_good = comm::wait_cell(call, comm::kCounts, source, epoch, cell);
     const u32 count = static_cast<u32>(ptx::ld_acquire_sys_u64(cell));
     counts[threadIdx.x] = static_cast<i32>(count & ~kHasBadChoices);
-    if (is_good && (count & kHasBadChoices) != 0) atomicOr(&bad_ranks, 1u << source);
+    if ((count & kHasBadChoices) != 0) atomicOr(bad_ranks, 1u << source);
   }
-  if (!__syncthreads_and(is_good)) return false;
-  if (bad_ranks != 0 && threadIdx.x == 0) report_bad_choices(call, bad_ranks);
-  return bad_ranks == 0;
+  return __syncthreads_and(is_good);
 }
 
-// Whether headers agree, and every rank has room for what arrives. By a warp of the block that
-// listens to this rank itself; every rank comes to the same answer.
-__device__ inline bool check_headers(const comm::Call& call, u32 epoch, const i32* counts) {
+// Reports the first rank whose choices are bad. By one thread of a rank.
+__device__ inline void report_bad_choices(const comm::Call& call, u32 bad_ranks) {
+  volatile comm::FailureRecord* record = call.record;
+  record->peer = __ffs(static_cast<int>(bad_ranks)) - 1;
+  __threadfence_system();
+  record->failure = comm::kBadChoices;
+}
+
+// Whether headers agree, all choices are good, and every rank has room for what arrives. By a warp
+// of the block that listens to this rank itself; every rank comes to the same answer.
+__device__ inline bool check_headers(const comm::Call& call, u32 epoch, const i32* counts,
+                                     u32 bad_ranks) {
   if (!comm::headers_agree(call, epoch)) return false;
+  if (bad_ranks != 0) {
+    if (lane_index() == 0) report_bad_choices(call, bad_ranks);
+    return false;
+  }
   const u32 receiver = lane_index();
   i32 room = 0, num_recv = 0;
   if (receiver < kNumRanks) {
@@ -242,9 +245,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   bool is_good = comm::may_begin(call);
   const u32 has_bad_choices = __syncthreads_or(is_bad) ? kHasBadChoices : 0;
   if (is_good) send_counts(params, epoch, other, total | has_bad_choices, pairs);
-  is_good = __syncthreads_and(is_good) && wait_counts(call, epoch, counts);
+  __shared__ u32 bad_ranks;
+  is_good = __syncthreads_and(is_good) && wait_counts(call, epoch, counts, &bad_ranks);
   if (other == me) {
-    if (is_good && warp_index() == 0) is_good = check_headers(call, epoch, counts);
+    if (is_good && warp_index() == 0) is_good = check_headers(call, epoch, counts, bad_ranks);
     is_good = __syncthreads_and(is_good);
     u32 num_recv = 0, num_own = counts[me * kNumRanks + me];
     for (u32 source = 0; source < kNumRanks; ++source) num_recv += counts[source * kNumRanks + me];

@@ -219,6 +219,21 @@ def test_a_dispatch_of_bad_choices_is_given_up_everywhere(
     world.run(partial(run_round, _CASE, inputs))
 
 
+def test_a_mismatch_comes_before_the_choices_that_it_makes_bad(
+    world: World, inputs: list[Inputs]
+) -> None:
+    def route(rank: Rank) -> None:
+        idx = inputs[rank.rank].topk_idx
+        num_experts = _CASE.num_experts if rank.rank != 1 else _CASE.num_ranks
+        mask = np.zeros((len(idx), _CASE.num_ranks), bool)
+        rank.route(mask, np.zeros(num_experts, np.int32), topk_idx=idx)
+
+    for failed in world.failures(route):
+        assert failed is not None
+        assert failed.failure == "mismatch"
+        assert AGREED[int(failed.record["field"])] == "num_experts"
+
+
 # --- processes of their own --------------------------------------------------------------------
 
 

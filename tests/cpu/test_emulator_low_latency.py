@@ -423,6 +423,30 @@ def test_blocks_of_a_combine_agree_on_who_takes_part(case: Case, world: World) -
     assert world.ranks[0].masks[_LAST] == world.ranks[_LAST].masks[0] == 1
 
 
+@pytest.mark.parametrize("call", ["dispatch", "combine"])
+def test_a_source_that_another_block_saw_and_is_gone_ends_the_call(
+    case: Case, world: World, call: str
+) -> None:
+    """As when it went on to later calls, over this one's cells, after it was unmasked."""
+    inputs = [make_inputs(case, 0, rank, 6) for rank in range(case.num_ranks)]
+    ranges = np.zeros((case.num_local, case.num_ranks), np.int64)
+    alone = world.ranks[0]
+    alone.can_mask, alone.timeout_s = True, 0.3
+    alone.state["verdicts"][_LAST] = 1 << 32 | 1
+
+    def one(rank: Rank) -> None:
+        own = inputs[0]
+        if rank is alone and call == "dispatch":
+            rank.dispatch(case, own.rows, own.topk_idx)
+        elif rank is alone:
+            rank.combine(case, own.rows, own.topk_idx, own.topk_weights, ranges)
+
+    failed = world.failures(one)[0]
+    assert failed is not None
+    assert (failed.failure, failed.phase) == ("timeout", "tables")
+    assert int(failed.record["peer"]) == _LAST
+
+
 def write_table(
     case: Case, source: int, peer: Rank, topk_idx: np.ndarray, num_entries: int | None = None
 ) -> None:
