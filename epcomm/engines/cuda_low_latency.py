@@ -174,7 +174,14 @@ class CudaLowLatency:
     def _make_room(
         self, name: str, shape: LowLatencyShape, told: tuple[int, ...], lines: int
     ) -> _Slab:
-        """Return slabs with room for a call, of which all ranks are told so much."""
+        """Return slabs with room for a call.
+
+        Args:
+            name: Of the Buffer's method.
+            shape: Of the call.
+            told: Its header: see `_Call.shape`.
+            lines: Lines of rows that a slot needs.
+        """
         needed = cuda_layout.low_latency_rows_bytes(shape, lines)
         slab = self._slab
         if slab is not None and slab.rows_bytes >= needed:
@@ -186,9 +193,9 @@ class CudaLowLatency:
                 f"Pass num_rdma_bytes={hint} or more when making the Buffer, see "
                 "get_low_latency_rdma_size_hint, or make the call once before. Nothing was sent."
             )
-        if slab is None:
-            self._before_growth()
-        else:
+        # First, so that an earlier call's failure is raised before any peer is met.
+        self._before_growth()
+        if slab is not None:
             self._agree(name, shape, told, slab)
             if self._masks.get().any():
                 raise TransportError(
@@ -210,6 +217,8 @@ class CudaLowLatency:
         When this returns all calls of this rank are done.
         """
         num_local = shape.num_local_experts
+        # NOTE: kind and format are those of the call in hand, which may be a combine; a dispatch of
+        # no tokens only compares them.
         *agreed, _num_tokens, num_parts = told
         call = _Call(
             name=name,
@@ -275,7 +284,15 @@ class CudaLowLatency:
         ticket: int = 0,
         wait_stats: int = 0,
     ) -> None:
-        """Launch a kernel of a call; see `_start`."""
+        """Launch a kernel of a call.
+
+        Args:
+            call: The call.
+            phases: What the kernel does: _SENDS, _RECEIVES or both.
+            own: The params behind the common part, in order.
+            ticket: Address of the call's epoch, where one kernel sends and another receives.
+            wait_stats: Address of the caller's statistics, or 0.
+        """
         common = (
             *call.slab.bases,
             call.slab.rows_bytes,

@@ -289,6 +289,22 @@ def test_one_rank_alone_needs_more_room(on_cpu: None, call: str, needs_more: emu
     run_threads(fn, 2)
 
 
+def test_an_earlier_failure_is_raised_before_ranks_meet_to_grow(on_cpu: None) -> None:
+    """So that the call can be made again: the others still wait for it."""
+    expert_twice = 6
+
+    def fn(group: Group) -> None:
+        rank = _Rank(group)
+        round_trip(rank, _CASE, 0)
+        if rank.rank == 1:
+            rank.record["failure"] = expert_twice
+            with pytest.raises(InvalidArgument, match="chooses an expert twice"):
+                rank.dispatch(_LARGE, emulated.make_inputs(_LARGE, 1, rank.rank, 8))
+        round_trip(rank, _LARGE, 1)
+
+    run_threads(fn, 2)
+
+
 def test_the_hint_is_enough(on_cpu: None) -> None:
     hint = low_latency_region_bytes(_LARGE.shape)
 
