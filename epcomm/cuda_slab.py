@@ -214,7 +214,7 @@ def _find_unreachable(offers: Sequence[_Offer], rank: int, names: Sequence[int])
             continue
         if device != mine.device and not runtime.deviceCanAccessPeer(mine.device, device):
             return (
-                f"GPU {mine.bus_id} (rank {names[rank]}) has no peer access to GPU {offer.bus_id} "
+                f"GPU {mine.bus_id} has no peer access to GPU {offer.bus_id} "
                 f"(rank {names[peer]}); the cuda engine needs NVLink or PCIe peer access between "
                 "all ranks of a node. Use engine='host', device=i, which copies arrays of GPU i "
                 "through host memory; or engine='host' with CPU arrays."

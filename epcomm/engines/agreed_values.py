@@ -13,8 +13,8 @@ OWN_TOKENS = ("num_tokens", "num_worst_tokens")
 #: Names of what all ranks must pass alike of a combine.
 AGREED_SUMS = ("handle", "hidden", "dtype", "num_topk")
 
-#: Stands for the dtype, or the number of choices, of an array that is not there.
-_NONE = -1
+#: Stands for the dtype of an array that is not there; in a combine, for the number of weights.
+NO_ARRAY = -1
 
 
 def row_values(request: DispatchRequest) -> dict[str, int]:
@@ -24,7 +24,7 @@ def row_values(request: DispatchRequest) -> dict[str, int]:
         "hidden": request.data.shape[1],
         "dtype": DTYPE_INDEX[request.data.dtype],
         "num_scales": scales.shape[1] if scales else 0,
-        "scales_dtype": DTYPE_INDEX[scales.dtype] if scales else _NONE,
+        "scales_dtype": DTYPE_INDEX[scales.dtype] if scales else NO_ARRAY,
     }
 
 
@@ -34,7 +34,7 @@ def dispatch_values(request: DispatchRequest, num_experts: int) -> dict[str, int
     return {
         **row_values(request),
         "num_topk": topk.idx.shape[1] if topk else 0,
-        "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else _NONE,
+        "topk_dtype": DTYPE_INDEX[topk.idx.dtype] if topk else NO_ARRAY,
         "num_experts": num_experts,
         "expert_alignment": request.expert_alignment,
         "num_tokens": request.data.shape[0],
@@ -49,5 +49,5 @@ def combine_values(request: CombineRequest) -> dict[str, int]:
         "handle": request.handle.serial,
         "hidden": data.shape[1],
         "dtype": DTYPE_INDEX[data.dtype],
-        "num_topk": _NONE if weights is None else weights.shape[1],
+        "num_topk": NO_ARRAY if weights is None else weights.shape[1],
     }

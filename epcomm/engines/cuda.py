@@ -34,14 +34,14 @@ from epcomm.engines.base import (
     StreamOrder,
 )
 from epcomm.engines.call_streams import CallStreams
-from epcomm.engines.cuda_combine import combine_header, combine_params, sum_form_of, sums_of
+from epcomm.engines.cuda_combine import combine_header, combine_params, make_sums, sum_form_of
 from epcomm.engines.cuda_dispatch import (
     Form,
     Move,
     Outputs,
     dispatch_header,
     form_of,
-    outputs_of,
+    make_outputs,
     prepare_move,
 )
 from epcomm.engines.cuda_launch import PeerLauncher
@@ -423,7 +423,7 @@ class CudaEngine:
 
     def _move(self, request: DispatchRequest, move: Move, header: bytes, num_rows: int) -> Outputs:
         """Allocate the outputs and launch dispatch.cu."""
-        outputs = outputs_of(request, num_rows)
+        outputs = make_outputs(request, num_rows)
         self._launch(
             move.form.spec,
             num_blocks=move.num_blocks,
@@ -457,7 +457,7 @@ class CudaEngine:
         form = sum_form_of(request, self._group.size, self._has_bulk)
         header = combine_header(request, form)
         self._make_room(record, 0, form.slot_row_bytes, header)
-        out = sums_of(request)
+        out = make_sums(request)
         self._launch(
             form.spec,
             num_blocks=num_blocks,

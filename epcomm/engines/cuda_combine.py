@@ -79,8 +79,8 @@ def combine_header(request: CombineRequest, form: SumForm) -> bytes:
     return cuda_params.HEADER.pack(*agreed, request.handle.num_tokens, 0)
 
 
-def sums_of(request: CombineRequest) -> CombineResult:
-    """Return where a combine writes: new memory, unless the caller gives some."""
+def make_sums(request: CombineRequest) -> CombineResult:
+    """Make what a combine writes, unless the caller gives it."""
     if request.into is not None:
         return request.into
     data, weights, num_tokens = request.data, request.topk_weights, request.handle.num_tokens

@@ -12,12 +12,12 @@ from epcomm import cuda_layout
 from epcomm.arrays import DTYPE_INDEX, ArrayView
 from epcomm.cuda_layout import NUM_STAGE_WARPS, Agreed
 from epcomm.engines import cuda_failures, cuda_params, cuda_tuning
+from epcomm.engines.agreed_values import NO_ARRAY
 from epcomm.engines.base import DispatchRequest, TopK
 from epcomm.engines.cuda_routes import Tables
 from epcomm.jit import kernels
 
 _WORD = 4
-_NO_DTYPE = -1
 
 
 class Form(NamedTuple):
@@ -85,9 +85,9 @@ def _form_of(
         hidden=hidden,
         dtype=DTYPE_INDEX[dtype],
         num_scales=num_scales,
-        scales_dtype=_NO_DTYPE if scales_dtype is None else DTYPE_INDEX[scales_dtype],
+        scales_dtype=NO_ARRAY if scales_dtype is None else DTYPE_INDEX[scales_dtype],
         num_topk=num_topk,
-        topk_dtype=_NO_DTYPE if topk_dtype is None else DTYPE_INDEX[topk_dtype],
+        topk_dtype=NO_ARRAY if topk_dtype is None else DTYPE_INDEX[topk_dtype],
         num_experts=num_experts,
         expert_alignment=expert_alignment,
     )
@@ -125,15 +125,15 @@ def dispatch_header(call: str, serial: int, request: DispatchRequest, form: Form
 
 
 class Outputs(NamedTuple):
-    """What a dispatch writes: see `DispatchResult`."""
+    """What a dispatch writes: `DispatchInto` without places in it."""
 
     data: ArrayView
     scales: ArrayView | None
     topk: TopK | None
 
 
-def outputs_of(request: DispatchRequest, num_rows: int) -> Outputs:
-    """Return where a dispatch writes: memory for so many rows, unless the caller gives some."""
+def make_outputs(request: DispatchRequest, num_rows: int) -> Outputs:
+    """Make what a dispatch writes, for so many rows, unless the caller gives it."""
     if request.into is not None:
         return Outputs(request.into.data, request.into.scales, request.into.topk)
     data, scales, topk, allocate = request.data, request.scales, request.topk, request.allocate

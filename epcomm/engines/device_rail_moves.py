@@ -1,4 +1,4 @@
-"""Calls between nodes whose rows are on GPUs: what `rail_moves` is for rows in CPU memory.
+"""Calls between nodes whose rows are on GPUs: what `host_rail_moves` is for rows in CPU memory.
 
 What crosses goes through staging memory, a chunk at a time: gathered on the GPU and copied there,
 then sent; received, then copied to its place on this rank's GPU. Staging memory is pinned memory of
@@ -64,7 +64,7 @@ _UINT8 = np.dtype(np.uint8)
 
 
 class DeviceMoves:
-    """See `epcomm.engines.moves.Moves`.
+    """See `epcomm.engines.rail_moves.Moves`.
 
     Args:
         topology: The nodes.

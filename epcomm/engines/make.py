@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from epcomm.arrays import CPU, Device
 from epcomm.engines.base import DeviceNodeEngine, Engine, NodeEngine
 from epcomm.engines.host import HostEngine
-from epcomm.engines.moves import Moves
-from epcomm.engines.rail_moves import HostMoves
+from epcomm.engines.host_rail_moves import HostMoves
+from epcomm.engines.rail_moves import Moves
 from epcomm.engines.rails import GRACE_S, RailsEngine
 from epcomm.engines.staged import StagedEngine
 from epcomm.group import Group

@@ -31,7 +31,7 @@ class RailRoutes:
         in_node: By node, ``[num_tokens of the rail peer, ranks of a node]``: where its tokens go
             in this node.
         of_moves: What moves the rows adds in the first dispatch, for calls with the handle:
-            `rail_moves.ChunkRecords`, or `device_rail_routes.DeviceRoutes` of rows on GPUs.
+            `host_rail_moves.ChunkRecords`, or `device_rail_routes.DeviceRoutes` of rows on GPUs.
     """
 
     num_chunk_tokens: int

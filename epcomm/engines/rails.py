@@ -4,7 +4,7 @@ Dispatch: a row crosses once for each node that its token goes to, to the rank o
 there (the *rail peer*), and the node's engine spreads it as if it were the rail peer's own. Combine
 goes the same way back: summed in the node and rounded once for the wire, then added at the origin.
 
-Ranks keep step on the `rail_board`, and learn here where rows go; `rail_moves` and
+Ranks keep step on the `rail_board`, and learn here where rows go; `host_rail_moves` and
 `device_rail_moves` move them, in the CPU's memory and on GPUs.
 """
 
@@ -46,9 +46,9 @@ from epcomm.engines.base import (
     TopK,
 )
 from epcomm.engines.host_layout import check_layout, check_pairs, check_worst_tokens
-from epcomm.engines.moves import Moves
 from epcomm.engines.node_group import NodeGroup
 from epcomm.engines.rail_board import RailBoard
+from epcomm.engines.rail_moves import Moves
 from epcomm.engines.rail_routes import make_routes
 from epcomm.engines.sections import Sections
 from epcomm.errors import (

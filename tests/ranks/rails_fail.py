@@ -28,7 +28,7 @@ from epcomm import (
     TransportError,
     UnsupportedConfig,
 )
-from epcomm.engines import device_exchange, device_rail_moves, rail_moves, rails
+from epcomm.engines import device_exchange, device_rail_moves, host_rail_moves, rails
 
 #: Node 1 is the odd one; the rail peers of ranks 0 and 1 are these.
 ODD = (2, 3)
@@ -36,8 +36,8 @@ TIMEOUT_S = 1.0
 #: Where node 1 stops: what runs just before, and what the others are then waiting for.
 PLACES = {
     "routes": (rails.RailsEngine, "_exchange_routes", "dispatch: routes"),
-    "rows": (rail_moves.Spread, "send", "dispatch: rows"),
-    "sums": (rail_moves.Sums, "send", "combine: rows"),
+    "rows": (host_rail_moves.Spread, "send", "dispatch: rows"),
+    "sums": (host_rail_moves.Sums, "send", "combine: rows"),
 }
 GPU_PLACES = {
     "rows": (device_exchange.Exchange, "run", "dispatch: rows"),
