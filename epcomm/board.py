@@ -82,6 +82,7 @@ class Board:
         self._headers: Words = rows[:, _NUM_CELLS:].reshape(group.size, _NUM_SLOTS, -1)
         self._round = 0
         self._is_lost = False
+        self._has_failed = False
         self._fence = threading.Lock()
         self.masked = np.zeros(group.size, bool)
 
@@ -153,8 +154,8 @@ class Board:
     def _raise_lost(self, name: str) -> None:
         self._is_lost = True
         raise TransportError(
-            f"{name}: rank {self._group.rank} came so late that the others went on without it. "
-            "Destroy this Buffer on every rank and make a new one."
+            f"{name}: rank {self._group.rank} did not take part in time, so the others went on "
+            "without it. Destroy this Buffer on every rank and make a new one."
         )
 
     def post(self, cell: int, value: int) -> None:
@@ -223,6 +224,7 @@ class Board:
         Args:
             missed: The rank that was waited for, by its name.
         """
+        self._has_failed = True
         self.post(FAILED, missed + 1)
 
     def check_failed(self, phase: str) -> None:
@@ -234,18 +236,18 @@ class Board:
         failed = int(np.flatnonzero(self._cells[:, FAILED])[0])
         missed = int(self._cells[failed, FAILED]) - 1
         who, me = self._names[failed], self._names[self._group.rank]
-        if who == me:
-            raise TransportError(
-                f"{phase}: an earlier call on this Buffer timed out waiting for rank {missed}. "
-                "Destroy this Buffer on every rank and make a new one."
-            )
-        if missed == me:
-            raise TransportError(
-                f"{phase}: rank {who} gave up waiting for rank {missed}, this one, which came too "
-                "late. Destroy this Buffer on every rank and make a new one."
-            )
-        detail = f"rank {who} gave up waiting for rank {missed}, so this rank ends too"
-        raise CommTimeout(phase, me, [missed], self._timeout_s, detail)
+        why = f"rank {who} gave up waiting for rank {missed}"
+        if self._has_failed:
+            why = f"an earlier call on this Buffer failed: {why}"
+        elif missed == me:
+            why += ", this one, which did not take part in time"
+        else:
+            self._has_failed = True
+            raise CommTimeout(phase, me, [missed], self._timeout_s, gave_up=who)
+        self._has_failed = True
+        raise TransportError(
+            f"{phase}: {why}. Destroy this Buffer on every rank and make a new one."
+        )
 
 
 def check_agreement(call: Call, ranks: Sequence[int], headers: Words) -> None:
@@ -267,10 +269,12 @@ def check_agreement(call: Call, ranks: Sequence[int], headers: Words) -> None:
                 for rank, value in zip(ranks[:16], seen, strict=False)
             )
             # The message is the same on every rank, so it cannot begin with its own call.
-            where, what = ("Buffer", "arguments") if name == "call" else (call.name, name)
+            where, rule = call.name, f"same call with the same {name}"
+            if name == "call":
+                where, rule = "Buffer", "same calls in the same order"
             raise RankMismatch(
-                f"{where}: ranks disagree on {name} ({shown}). Every rank must make the "
-                f"same call with the same {what}. Nothing was sent."
+                f"{where}: ranks disagree on {name} ({shown}). Every rank must make the {rule}. "
+                "Nothing was sent."
             )
 
 

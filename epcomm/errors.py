@@ -65,21 +65,38 @@ class CommTimeout(TransportError, TimeoutError):
         rank: The rank that waited.
         peers: The ranks that did not answer (empty where the transport cannot tell).
         timeout_s: The deadline, in seconds.
+        gave_up: The rank that waited in vain and so ended this one's wait; None if it is this one.
     """
 
     def __init__(
-        self, phase: str, rank: int, peers: Sequence[int], timeout_s: float, detail: str = ""
+        self,
+        phase: str,
+        rank: int,
+        peers: Sequence[int],
+        timeout_s: float,
+        detail: str = "",
+        *,
+        gave_up: int | None = None,
     ) -> None:
         self.phase = phase
         self.rank = rank
         self.peers = tuple(peers)
         self.timeout_s = timeout_s
+        self.gave_up = gave_up
         who = f"rank(s) {', '.join(map(str, self.peers))}" if self.peers else "other ranks"
+        what = f"rank {rank} waited {timeout_s:g} s for {who}"
+        if gave_up is not None:
+            what = f"rank {gave_up} gave up waiting for {who}, so rank {rank} ends too"
         super().__init__(
-            f"{phase}: rank {rank} waited {timeout_s:g} s for {who}"
-            f"{'; ' + detail if detail else ''}. Look first at what those ranks printed; if they "
-            f"are only slow, raise timeout_s= or EPCOMM_TIMEOUT_S."
+            f"{phase}: {what}{'; ' + detail if detail else ''}. Look first at what those ranks "
+            "printed; if they are only slow, raise timeout_s= or EPCOMM_TIMEOUT_S. If this was a "
+            "call on a Buffer, destroy that Buffer on every rank and make a new one."
         )
+
+
+def kind_of(value: object) -> str:
+    """Return what a message calls a value of a wrong type."""
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def out_of_step(phase: str, rank: int, theirs: str) -> TransportError:

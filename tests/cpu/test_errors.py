@@ -1110,7 +1110,18 @@ def test_comm_timeout_tells_who_waits_for_whom() -> None:
         "combine: arrival: rank 2 waited 1.5 s for rank(s) 0, 5; rank 0 is gone. "
     )
     assert "raise timeout_s= or EPCOMM_TIMEOUT_S" in str(error)
+    assert str(error).endswith("destroy that Buffer on every rank and make a new one.")
+    assert error.gave_up is None
     assert "for other ranks" in str(CommTimeout("x", 0, [], 1.0))
+
+
+def test_comm_timeout_tells_no_wait_of_a_rank_that_another_ended() -> None:
+    error = CommTimeout("combine: arrival", 2, [0], 1.5, gave_up=1)
+    assert error.gave_up == 1
+    assert str(error).startswith(
+        "combine: arrival: rank 1 gave up waiting for rank(s) 0, so rank 2 ends too. "
+    )
+    assert "waited" not in str(error)
 
 
 def test_as_group_refuses_what_is_no_group() -> None:
