@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from epcomm.arrays import BFLOAT16, CPU, DTYPE_INDEX, ArrayView, Device
+from epcomm import env
+from epcomm.arrays import BFLOAT16, CPU, DTYPE_INDEX, FLOAT8_E4M3, ArrayView, Device
 from epcomm.engines.base import (
     MAX_LOW_LATENCY_TOPK,
     Fp8Format,
@@ -17,7 +18,7 @@ from epcomm.engines.base import (
     LowLatencyShape,
     TopK,
 )
-from epcomm.errors import InvalidArgument
+from epcomm.errors import InvalidArgument, kind_of
 from epcomm.events import EventOverlap
 from epcomm.fp8 import BLOCK
 from epcomm.frameworks import Framework, framework_of
@@ -59,6 +60,7 @@ def view_of(
     *,
     shape: tuple[int | str, ...],
     dtypes: Collection[np.dtype[Any]],
+    shape_is: str = "",
     is_strided: bool = False,
     is_output: bool = False,
 ) -> ArrayView:
@@ -70,6 +72,7 @@ def view_of(
         place: Where the Buffer works.
         shape: For each dimension its extent, or a name for one that may be any.
         dtypes: The dtypes that are taken.
+        shape_is: What the numbers of the shape stand for, for the error.
         is_strided: Whether the array may have gaps and any order.
         is_output: Whether it is written.
 
@@ -79,12 +82,13 @@ def view_of(
     view = framework_of(array, name).view(array, name)
     if not _fits(view.shape, shape):
         rule = ", ".join(map(str, shape))
-        raise InvalidArgument(f"{name} has shape {list(view.shape)}; it must be [{rule}].")
-    if view.dtype not in dtypes:
-        names = ", ".join(dtype.name for dtype in dtypes)
         raise InvalidArgument(
-            f"{name} is {view.dtype.name}; it must be one of: {names}. Convert it, in NumPy with "
-            f"{name}.astype(...)."
+            f"{name} has shape {list(view.shape)}; it must be [{rule}]"
+            f"{': ' + shape_is if shape_is else ''}."
+        )
+    if view.dtype not in dtypes:
+        raise InvalidArgument(
+            f"{name} is {view.dtype.name}; {_dtype_rule(name, dtypes, is_output)}"
         )
     if view.device != place.device:
         raise InvalidArgument(
@@ -101,6 +105,17 @@ def view_of(
             f"{name} is read-only, and it is written; pass a writable array (JAX arrays never are)."
         )
     return view
+
+
+def _dtype_rule(name: str, dtypes: Collection[np.dtype[Any]], is_output: bool) -> str:
+    """Return the end of an error: which dtypes an argument may have, and how it gets one."""
+    names = ", ".join(dtype.name for dtype in dtypes)
+    rule = f"it must be {names if len(dtypes) == 1 else f'one of: {names}'}."
+    if is_output:
+        return f"{rule} Pass an array of that dtype: it is written."
+    usual = (np.dtype(np.float32), np.dtype(np.int64), FLOAT8_E4M3)
+    kind = next((dtype for dtype in usual if dtype in dtypes), next(iter(dtypes))).type
+    return f"{rule} Convert it, in NumPy with {name}.astype({kind.__module__}.{kind.__name__})."
 
 
 def _fits(shape: tuple[int, ...], rule: tuple[int | str, ...]) -> bool:
@@ -140,13 +155,24 @@ def whole_number(value: Any, name: str, least: int, most: int | None = MAX_COUNT
     return number
 
 
+def engine_name(value: Any) -> str:
+    """Return the name of an engine, or raise InvalidArgument."""
+    if value not in env.ENGINES:
+        raise InvalidArgument(
+            f"engine is {value!r}; it must be one of {', '.join(env.ENGINES)}. Leave it out for "
+            "auto; pass 'cuda' for arrays on GPUs, 'host' for arrays in CPU memory."
+        )
+    return str(value)
+
+
 def num_experts_of(value: Any, num_ranks: int) -> int:
     """Return the number of experts, or raise InvalidArgument unless every rank gets as many."""
     number = whole_number(value, "num_experts", 1)
     if number % num_ranks:
         raise InvalidArgument(
             f"num_experts is {number}; it must be a multiple of the {num_ranks} ranks, so that "
-            "every rank holds as many."
+            f"every rank holds as many. Pass {number + -number % num_ranks}, and leave the last "
+            "experts unused."
         )
     return number
 
@@ -155,7 +181,7 @@ def check_events(previous_event: Any, async_finish: bool, allocate_on_comm_strea
     """Hold a call's stream arguments to the contract."""
     if previous_event is not None and not isinstance(previous_event, EventOverlap):
         raise InvalidArgument(
-            f"previous_event is a {type(previous_event).__name__}; it must be an EventOverlap, "
+            f"previous_event is {kind_of(previous_event)}; it must be an EventOverlap, "
             "such as Buffer.capture() returns, or None."
         )
     if allocate_on_comm_stream and not (previous_event is not None and async_finish):
@@ -180,7 +206,9 @@ def split_pair(x: Any) -> tuple[Any, Any]:
     if not isinstance(x, tuple | list):
         return x, None
     if len(x) != 2:
-        raise InvalidArgument(f"x is a tuple of {len(x)}; it must be an array or (data, scales).")
+        raise InvalidArgument(
+            f"x is a {type(x).__name__} of {len(x)}; it must be an array or (data, scales)."
+        )
     return x[0], x[1]
 
 
@@ -200,6 +228,7 @@ def view_rows(x: Any, place: Place) -> tuple[Framework, ArrayView, ArrayView | N
         place,
         shape=(view.shape[0], "num_scales"),
         dtypes=SCALE_DTYPES,
+        shape_is="as many rows as x[0]",
         is_strided=True,
     )
     return framework, view, scales_view
@@ -245,8 +274,9 @@ def view_layout(
     num_tokens: int,
     place: Place,
     known: KnownLayout | None = None,
+    has_choices: bool = False,
 ) -> LayoutViews:
-    """View the layout arrays of dispatch."""
+    """View the layout arrays of dispatch, which was called with choices or without."""
     if known is not None and known.has_arrays(per_rank, per_expert, in_rank, num_tokens):
         return known.layout
     if per_rank is None or per_expert is None or in_rank is None:
@@ -256,6 +286,12 @@ def view_layout(
             "is_token_in_rank": in_rank,
         }
         missing = [name for name, array in given.items() if array is None]
+        if has_choices and len(missing) == len(given):
+            raise InvalidArgument(
+                "num_experts= is missing: dispatch got topk_idx, and nothing that tells which rank "
+                "holds which expert. Pass num_experts=, the experts of all ranks together, or what "
+                "get_dispatch_layout returns."
+            )
         raise InvalidArgument(
             f"dispatch without a handle got no {', '.join(missing)}; pass what get_dispatch_layout "
             "returns, or topk_idx, topk_weights and num_experts= alone."
@@ -266,12 +302,22 @@ def view_layout(
     num_experts_of(experts.shape[0], place.num_ranks)
     return LayoutViews(
         num_tokens_per_rank=view_of(
-            per_rank, "num_tokens_per_rank", place, shape=(place.num_ranks,), dtypes=INT32
+            per_rank,
+            "num_tokens_per_rank",
+            place,
+            shape=(place.num_ranks,),
+            dtypes=INT32,
+            shape_is="a number for each rank",
         ),
         num_tokens_per_node=None,
         num_tokens_per_expert=experts,
         is_token_in_rank=view_of(
-            in_rank, "is_token_in_rank", place, shape=(num_tokens, place.num_ranks), dtypes=BOOL
+            in_rank,
+            "is_token_in_rank",
+            place,
+            shape=(num_tokens, place.num_ranks),
+            dtypes=BOOL,
+            shape_is="as many rows as x, and a value for each rank",
         ),
     )
 
@@ -294,11 +340,33 @@ def view_topk(
     if known is not None and known.has_choices(topk_idx, num_tokens):
         idx = known.topk_idx
     else:
-        shape = (num_tokens, "num_topk")
-        idx = view_of(topk_idx, "topk_idx", place, shape=shape, dtypes=INDEX_DTYPES)
+        idx = view_topk_idx(topk_idx, num_tokens, place)
     check_num_topk(idx, "topk_idx")
-    weights = view_of(topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32)
-    return TopK(idx, weights)
+    return TopK(idx, view_weights(topk_weights, idx, place))
+
+
+def view_topk_idx(topk_idx: Any, num_tokens: int | str, place: Place) -> ArrayView:
+    """View the choices of so many tokens."""
+    return view_of(
+        topk_idx,
+        "topk_idx",
+        place,
+        shape=(num_tokens, "num_topk"),
+        dtypes=INDEX_DTYPES,
+        shape_is="" if isinstance(num_tokens, str) else "as many rows as x",
+    )
+
+
+def view_weights(topk_weights: Any, idx: ArrayView, place: Place) -> ArrayView:
+    """View the weights of choices."""
+    return view_of(
+        topk_weights,
+        "topk_weights",
+        place,
+        shape=idx.shape,
+        dtypes=FLOAT32,
+        shape_is="as topk_idx has",
+    )
 
 
 def check_num_topk(view: ArrayView, name: str) -> None:
@@ -313,7 +381,7 @@ def check_handle(handle: Any, buffer_id: int, data: ArrayView | None = None) -> 
     """Return the handle if it is one of this Buffer's, and fits the rows to dispatch again."""
     if not isinstance(handle, DispatchHandle):
         raise InvalidArgument(
-            f"handle is a {type(handle).__name__}; pass the handle that dispatch returned."
+            f"handle is {kind_of(handle)}; pass the handle that dispatch returned."
         )
     if handle.buffer_id != buffer_id:
         raise InvalidArgument(
@@ -339,12 +407,18 @@ def view_combine(
 ) -> CombineViews:
     """View the arrays of a combine."""
     rows = handle.num_recv_rows
-    data = view_of(x, "x", place, shape=(rows, "hidden"), dtypes=SUM_DTYPES)
+    shape_is = "as many rows as this rank received with the handle"
+    data = view_of(x, "x", place, shape=(rows, "hidden"), dtypes=SUM_DTYPES, shape_is=shape_is)
     check_row(data, "x")
     weights = None
     if topk_weights is not None:
         weights = view_of(
-            topk_weights, "topk_weights", place, shape=(rows, "num_topk"), dtypes=FLOAT32
+            topk_weights,
+            "topk_weights",
+            place,
+            shape=(rows, "num_topk"),
+            dtypes=FLOAT32,
+            shape_is=shape_is,
         )
         check_num_topk(weights, "topk_weights")
     biases = bias if isinstance(bias, tuple | list) else () if bias is None else (bias,)
@@ -352,7 +426,14 @@ def view_combine(
         raise InvalidArgument(f"bias has {len(biases)} arrays; pass none, one or two.")
     shape = (handle.num_tokens, data.shape[1])
     views = tuple(
-        view_of(one, f"bias[{i}]", place, shape=shape, dtypes=(data.dtype,))
+        view_of(
+            one,
+            f"bias[{i}]",
+            place,
+            shape=shape,
+            dtypes=(data.dtype,),
+            shape_is="as many rows as the handle's dispatch had tokens here, each as long as x's",
+        )
         for i, one in enumerate(biases)
     )
     return CombineViews(data, weights, views)
@@ -374,7 +455,7 @@ def low_latency_shape(
 
 def low_latency_topk(topk_idx: Any, num_tokens: int | str, place: Place) -> ArrayView:
     """Check the choices of a low-latency call."""
-    idx = view_of(topk_idx, "topk_idx", place, shape=(num_tokens, "num_topk"), dtypes=INDEX_DTYPES)
+    idx = view_topk_idx(topk_idx, num_tokens, place)
     if idx.shape[1] > MAX_LOW_LATENCY_TOPK:
         raise InvalidArgument(
             f"topk_idx has {idx.shape[1]} choices a token; low-latency calls take at most "

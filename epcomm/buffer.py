@@ -24,7 +24,7 @@ from epcomm.engines.base import (
     StreamOrder,
 )
 from epcomm.engines.make import EngineSetup, make_engine
-from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig
+from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig, kind_of
 from epcomm.events import EventHandle, EventOverlap
 from epcomm.frameworks import Framework, framework_of, framework_of_dtype
 from epcomm.gpus import current_gpu, find_num_gpus, has_bulk_copies
@@ -116,7 +116,7 @@ class Buffer(LowLatencyCalls):
         self.enable_shrink = enable_shrink
         settings = env.settings()
         self.timeout_s = settings.timeout_s if timeout_s is None else _seconds(timeout_s)
-        wanted = engine or settings.engine
+        wanted = arguments.engine_name(engine or settings.engine)
         name = choose_engine(wanted)  # before any peer is touched
         gpu = None if device is None else _gpu_number(device)
         ranks = as_group(self.group, self.timeout_s)
@@ -330,14 +330,16 @@ class Buffer(LowLatencyCalls):
         every run. M is the number of rows that arrive here.
 
         Args:
-            x: ``[num_tokens, hidden]`` of any dtype, a row being a multiple of 16 bytes; or a pair
-                of such data of one byte an element and ``[num_tokens, num_scales]`` f32 or i32.
+            x: ``[num_tokens, hidden]`` bool, 8- to 64-bit integers, f16, bf16, f32, f64 or fp8, a
+                row being a multiple of 16 bytes; or a pair of such data of one byte an element and
+                ``[num_tokens, num_scales]`` f32 or int32.
             handle: An earlier dispatch whose routes are taken again; then no layout and no choices.
             num_tokens_per_rank: From `get_dispatch_layout`, as the three that follow.
             num_tokens_per_rdma_rank: Not used: the other arrays tell it.
             is_token_in_rank: See above.
             num_tokens_per_expert: See above.
-            topk_idx: ``[num_tokens, num_topk]`` choices that travel along, with their weights.
+            topk_idx: ``[num_tokens, num_topk]`` int64 or int32 expert ids, -1 for no choice; they
+                travel along, with their weights.
             topk_weights: ``[num_tokens, num_topk] f32``.
             expert_alignment: The returned counts are rounded up to it.
             num_worst_tokens: If above 0, exactly so many rows come out, and the host learns no
@@ -390,7 +392,9 @@ class Buffer(LowLatencyCalls):
                     experts = 0
                     known_layout = self._known_layout
             if not experts:
-                layout = arguments.view_layout(*given, num_tokens, place, known_layout)
+                layout = arguments.view_layout(
+                    *given, num_tokens, place, known_layout, has_choices=topk is not None
+                )
                 if known_layout is not None and layout is known_layout.layout:
                     self._known_layout = None
             inputs = [x, topk_idx, topk_weights, *given]
@@ -573,9 +577,7 @@ def _seconds(timeout_s: Any) -> float:
 
 def _check_config(config: Any) -> None:
     if config is not None and not isinstance(config, Config):
-        raise InvalidArgument(
-            f"config is a {type(config).__name__}; pass an epcomm.Config or None."
-        )
+        raise InvalidArgument(f"config is {kind_of(config)}; pass an epcomm.Config or None.")
 
 
 def _chunks_of(config: Config | None) -> Chunks:

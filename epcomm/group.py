@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from epcomm import env
-from epcomm.errors import CommTimeout, InvalidArgument, TransportError, out_of_step
+from epcomm.errors import CommTimeout, InvalidArgument, TransportError, kind_of, out_of_step
 from epcomm.waiting import Deadline, wait_until
 
 T = TypeVar("T")
@@ -402,6 +402,6 @@ def as_group(obj: Any, timeout_s: float | None = None) -> Group:
     if isinstance(obj, Group) and not isinstance(obj, type):
         return obj
     raise InvalidArgument(
-        f"group is a {type(obj).__name__}; it must be an mpi4py communicator, a torch.distributed "
+        f"group is {kind_of(obj)}; it must be an mpi4py communicator, a torch.distributed "
         "ProcessGroup, or an epcomm group (run_threads gives one to each rank)."
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from epcomm import arguments, cuda_layout, env
-from epcomm.arguments import FLOAT32, INT32, INT64, Place, view_of
+from epcomm.arguments import INT32, INT64, Place, view_of
 from epcomm.arrays import BFLOAT16, ArrayView
 from epcomm.engines import choose_engine, host_low_latency
 from epcomm.engines.base import (
@@ -20,7 +20,7 @@ from epcomm.engines.base import (
     LowLatencyShape,
     StreamOrder,
 )
-from epcomm.errors import InvalidArgument
+from epcomm.errors import InvalidArgument, kind_of
 from epcomm.events import EventOverlap
 from epcomm.frameworks import Framework, framework_of, writable_framework
 
@@ -72,11 +72,7 @@ class LowLatencyCalls:
         shape = arguments.low_latency_shape(
             num_max_dispatch_tokens_per_rank, hidden, num_experts, num_ranks
         )
-        name = engine or env.settings().engine
-        if name not in env.ENGINES:
-            raise InvalidArgument(
-                f"engine is {name!r}; it must be one of {', '.join(env.ENGINES)}."
-            )
+        name = arguments.engine_name(engine or env.settings().engine)
         if name == "cuda" or (name == "auto" and choose_engine(name) == "cuda"):
             return cuda_layout.low_latency_region_bytes(shape)
         return host_low_latency.region_bytes(shape)
@@ -264,7 +260,7 @@ class LowLatencyCalls:
             given_out = view_of(
                 out, "out", place, shape=out_shape, dtypes=(BFLOAT16,), is_output=True
             )
-        weights = view_of(topk_weights, "topk_weights", place, shape=idx.shape, dtypes=FLOAT32)
+        weights = arguments.view_weights(topk_weights, idx, place)
         precision = _precision(combine_precision)
         wait_stats = _optional_stats(
             combine_wait_recv_cost_stats,
@@ -359,7 +355,10 @@ class LowLatencyCalls:
 
     def _open_handle(self, handle: Any) -> tuple[ArrayView, LowLatencyShape]:
         if not isinstance(handle, tuple | list) or len(handle) != 5:
-            raise InvalidArgument("handle must be the tuple that low_latency_dispatch returned.")
+            raise InvalidArgument(
+                f"handle is {kind_of(handle)}; it must be the tuple of 5 that "
+                "low_latency_dispatch returned."
+            )
         _, layout_range, num_max_tokens, hidden, num_experts = handle
         shape = arguments.low_latency_shape(num_max_tokens, hidden, num_experts, self.group_size)
         view = view_of(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from epcomm.arrays import DTYPE_INDEX, ArrayView, Device
-from epcomm.errors import InvalidArgument
+from epcomm.errors import InvalidArgument, kind_of
 
 
 class Framework(Protocol):
@@ -123,7 +123,7 @@ def framework_of(array: Any, name: str) -> Framework:
     if foreign.owns(array):
         return foreign
     raise InvalidArgument(
-        f"{name} is a {type(array).__name__}; it must be a NumPy, torch, JAX or CuPy array, or "
+        f"{name} is {kind_of(array)}; it must be a NumPy, torch, JAX or CuPy array, or "
         "anything else that has __dlpack__."
     )
 

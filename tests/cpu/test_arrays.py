@@ -372,7 +372,8 @@ def test_dlpack_class_is_no_array() -> None:
 def test_what_is_no_array(wrong: Any) -> None:
     with pytest.raises(InvalidArgument) as caught:
         framework_of(wrong, "rows")
-    assert str(caught.value).startswith(f"rows is a {type(wrong).__name__}; it must be a NumPy")
+    kind = "None" if wrong is None else f"a {type(wrong).__name__}"
+    assert str(caught.value).startswith(f"rows is {kind}; it must be a NumPy")
     assert "__dlpack__" in str(caught.value)
 
 

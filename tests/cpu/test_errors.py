@@ -165,7 +165,7 @@ CONSTRUCTION = [
     refused(
         "engine",
         lambda r: Buffer(r.group, engine="gpu"),
-        *("engine is 'gpu'", "auto, host, cuda"),
+        *("engine is 'gpu'", "auto, host, cuda", "Leave it out", "'host' for arrays in CPU memory"),
     ),
     refused(
         "cuda",
@@ -229,7 +229,7 @@ STATIC = [
     refused(
         "ll-hint-experts",
         lambda r: Buffer.get_low_latency_rdma_size_hint(MAX, H, 3, 4),
-        *("num_experts is 4", "multiple of the 3 ranks"),
+        *("num_experts is 4", "multiple of the 3 ranks", "Pass 6"),
     ),
     refused("threads", lambda r: run_threads(print, 0), "num_ranks is 0", "at least 1"),
 ]
@@ -280,7 +280,7 @@ LAYOUT = [
         *("topk_idx has byte order", ">i8", "astype"),
     ),
     refused("layout-list", lambda r: r.layout(topk_idx=[[0]]), "topk_idx is a list", "NumPy"),
-    refused("layout-none", lambda r: r.layout(topk_idx=None), "topk_idx is a NoneType", "NumPy"),
+    refused("layout-none", lambda r: r.layout(topk_idx=None), "topk_idx is None;", "NumPy"),
     refused(
         "layout-high",
         lambda r: r.layout(topk_idx=np.full((1, 1), E)),
@@ -311,7 +311,11 @@ DISPATCH = [
         *("x has rows of 12 bytes (3 float32)", "multiple of 16 bytes", "pad"),
     ),
     refused("x-empty-row", lambda r: r.dispatch(x=zeros(T, 0)), "x has rows of 0 bytes", "pad"),
-    refused("x-dtype", lambda r: r.dispatch(x=zeros(T, H, dtype=complex)), "x is complex128"),
+    refused(
+        "x-dtype",
+        lambda r: r.dispatch(x=zeros(T, H, dtype=complex)),
+        *("x is complex128", "one of: bool, uint8", "x.astype(numpy.float32)"),
+    ),
     refused("x-object", lambda r: r.dispatch(x=zeros(T, H, dtype=object)), "x is object"),
     refused(
         "x-strided",
@@ -326,7 +330,7 @@ DISPATCH = [
     refused(
         "x-pair-dtype",
         lambda r: r.dispatch(x=(r.x, zeros(T, 8))),
-        *("x[0] is float32", "float8_e4m3fn"),
+        *("x[0] is float32", "x[0].astype(ml_dtypes.float8_e4m3fn)"),
     ),
     refused(
         "x-pair-row",
@@ -336,7 +340,7 @@ DISPATCH = [
     refused(
         "scales-rows",
         lambda r: r.dispatch(x=(zeros(T, 16, dtype=np.uint8), zeros(T + 1, 8))),
-        *("x[1] has shape [6, 8]", "[5, num_scales]"),
+        *("x[1] has shape [6, 8]", "[5, num_scales]: as many rows as x[0]"),
     ),
     refused(
         "scales-dtype",
@@ -347,6 +351,11 @@ DISPATCH = [
         "layout-missing",
         lambda r: r.buffer.dispatch(r.x),
         *("num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank", "get_dispatch_layout"),
+    ),
+    refused(
+        "num-experts-missing",
+        lambda r: r.buffer.dispatch(r.x, topk_idx=r.idx, topk_weights=r.weights),
+        *("num_experts= is missing", "Pass num_experts=", "get_dispatch_layout"),
     ),
     refused(
         "layout-missing-one",
@@ -396,12 +405,12 @@ DISPATCH = [
     refused(
         "idx-rows",
         lambda r: r.dispatch(topk_idx=r.idx[1:]),
-        *("topk_idx has shape [4, 3]", "[5, num_topk]"),
+        *("topk_idx has shape [4, 3]", "[5, num_topk]: as many rows as x"),
     ),
     refused(
         "idx-dtype",
         lambda r: r.dispatch(topk_idx=r.idx.astype(np.int16)),
-        *("topk_idx is int16", "int64, int32"),
+        *("topk_idx is int16", "one of: int64, int32", "topk_idx.astype(numpy.int64)"),
     ),
     refused(
         "idx-range",
@@ -411,12 +420,12 @@ DISPATCH = [
     refused(
         "weights-shape",
         lambda r: r.dispatch(topk_weights=r.weights[:, 1:]),
-        *("topk_weights has shape [5, 2]", "[5, 3]"),
+        *("topk_weights has shape [5, 2]", "[5, 3]: as topk_idx has"),
     ),
     refused(
         "weights-dtype",
         lambda r: r.dispatch(topk_weights=r.weights.astype(float)),
-        *("topk_weights is float64", "float32"),
+        *("topk_weights is float64", "it must be float32.", "topk_weights.astype(numpy.float32)"),
     ),
     refused(
         "idx-without-choices",
@@ -480,7 +489,7 @@ COMBINE = [
     refused(
         "rows",
         lambda r: r.combine(x=zeros(len(r.recv) + 1, H)),
-        *("x has shape [", "it must be [", "hidden]"),
+        *("x has shape [", "hidden]: as many rows as this rank received with the handle"),
     ),
     refused(
         "dtype",
@@ -494,7 +503,7 @@ COMBINE = [
     ),
     refused("strided", lambda r: r.combine(x=r.recv[:, ::2]), "x has strides", "contiguous"),
     refused("list", lambda r: r.combine(x=[1]), "x is a list", "__dlpack__"),
-    refused("no-handle", lambda r: r.combine(handle=None), "handle is a NoneType", "dispatch"),
+    refused("no-handle", lambda r: r.combine(handle=None), "handle is None;", "dispatch"),
     refused(
         "foreign", lambda r: r.combine(handle=r.foreign_handle), "handle comes from another Buffer"
     ),
@@ -510,7 +519,10 @@ COMBINE = [
         *("topk_weights is float64", "float32"),
     ),
     refused(
-        "bias-shape", lambda r: r.combine(bias=zeros(T, 4)), "bias[0] has shape [5, 4]", "[5, 1024]"
+        "bias-shape",
+        lambda r: r.combine(bias=zeros(T, 4)),
+        "bias[0] has shape [5, 4]",
+        "[5, 1024]: as",
     ),
     refused("bias-dtype", lambda r: r.combine(bias=r.bf16), "bias[0] is bfloat16", "float32"),
     refused("bias-second", lambda r: r.combine(bias=(r.x, r.bf16)), "bias[1] is bfloat16"),
@@ -651,10 +663,10 @@ LL_COMBINE = [
         *("topk_weights is bfloat16", "float32"),
     ),
     refused(
-        "handle", lambda r: r.ll_combine(handle=r.handle), "handle must be the tuple", "returned"
+        "handle", lambda r: r.ll_combine(handle=r.handle), "handle is a DispatchHandle", "returned"
     ),
     refused(
-        "handle-short", lambda r: r.ll_combine(handle=r.ll_handle[:4]), "handle must be the tuple"
+        "handle-short", lambda r: r.ll_combine(handle=r.ll_handle[:4]), "must be the tuple of 5"
     ),
     refused(
         "handle-range-dtype",
@@ -718,7 +730,7 @@ SLAB_AND_MASK = [
     refused(
         "next-handle",
         lambda r: r.buffer.get_next_low_latency_combine_buffer(3),
-        *("handle must be the tuple", "low_latency_dispatch returned"),
+        *("it must be the tuple of 5", "low_latency_dispatch returned"),
     ),
     refused(
         "next-small",

@@ -307,7 +307,8 @@ def test_object_that_comes_too_late_is_not_taken_for_a_later_one() -> None:
 def test_what_is_no_group(wrong: Any) -> None:
     with pytest.raises(InvalidArgument) as caught:
         as_group(wrong)
-    assert f"group is a {type(wrong).__name__}; it must be an mpi4py" in str(caught.value)
+    kind = "None" if wrong is None else f"a {type(wrong).__name__}"
+    assert f"group is {kind}; it must be an mpi4py" in str(caught.value)
     assert "torch.distributed ProcessGroup" in str(caught.value)
     assert "run_threads" in str(caught.value)
 
