@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bin=.venv/bin
 
+# Prints the comment that the script opens with.
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "scripts/$(basename "$0")"; }
 say() { printf '\n==> %s\n' "$*"; }
 fail() {
     printf '%s\n' "$@" >&2

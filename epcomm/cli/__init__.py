@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from epcomm import __version__, env
 from epcomm.cli import demo, info, plan
@@ -23,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m epcomm", description=__doc__)
     parser.add_argument("--version", action="version", version=f"epcomm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("info", help="print what was found, and how to get what is missing")
+    add = _add_command(commands, "info", "print what was found, and how to get what is missing")
     info.add_arguments(add)
-    add = commands.add_parser("demo", help="train a small mixture-of-experts language model")
+    add = _add_command(commands, "demo", "train a small mixture-of-experts language model")
     demo.add_arguments(add)
     add.add_argument(
         "--threads",
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="run N ranks as threads of this process (default: the ranks mpiexec started, or 4)",
     )
-    add = commands.add_parser("plan", help="foretell what a job on many GPUs sends and waits for")
+    add = _add_command(commands, "plan", "foretell what a job on many GPUs sends and waits for")
+    add.epilog = f"example: {add.prog} {plan.EXAMPLE}"
     plan.add_arguments(add)
     args = parser.parse_args(argv)
     try:
@@ -47,3 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads is not None and is_mpi_rank():
         parser.error("--threads makes ranks of this process, and mpiexec started ranks; pass one.")
     return max(run_on_ranks(lambda group: demo.run(args, group), args.threads))
+
+
+def _add_command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    """Add a command that says what it does, in the list of commands and in its own help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser

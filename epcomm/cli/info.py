@@ -98,8 +98,13 @@ def _describe_gpus() -> Iterator[Line]:
     yield "kernel cache", f"{cache} (CuPy's; {num_files} files)"
 
 
+def _has_driver() -> bool:
+    is_loaded = any(Path("/proc/driver/nvidia").glob("version"))
+    return is_loaded or shutil.which("nvidia-smi") is not None
+
+
 def _describe_driver() -> Iterator[Line]:
-    if not any(Path("/proc/driver/nvidia").glob("version")) and not shutil.which("nvidia-smi"):
+    if not _has_driver():
         yield "driver", "none found: epcomm works on CPU arrays here (host engine)"
         return
     if importlib.util.find_spec("cupy") is None:
@@ -173,8 +178,12 @@ def _describe_rails() -> str:
 
 def _describe_frameworks() -> Iterator[Line]:
     yield "numpy", _version_of(("numpy",)) or "missing"
+    yield "ml_dtypes", f"{_version_of(('ml_dtypes',)) or 'missing'} (NumPy's bf16 and fp8)"
     for name, distributions, extra in _FRAMEWORKS:
-        yield name, _version_of(distributions) or f"not installed: pip install 'epcomm[{extra}]'"
+        missing = f"not installed: pip install 'epcomm[{extra}]'"
+        if name == "cupy" and not _has_driver():
+            missing = "not installed: of use with a GPU only, and there is none here"
+        yield name, _version_of(distributions) or missing
 
 
 def _describe_memory() -> Iterator[Line]:

@@ -20,6 +20,9 @@ from epcomm.errors import InvalidArgument
 EXIT_OK = 0
 EXIT_BAD_ARGUMENTS = 2
 
+#: Arguments that a reader can start from.
+EXAMPLE = "--nodes 2 --gpus-per-node 8 --tokens 4096 --hidden 7168 --topk 8 --experts 256"
+
 #: Ranks of all nodes: what is simulated grows with their square.
 MAX_PLANNED_RANKS = 2048
 #: Bytes that every row is a multiple of.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def test_whatever_is_missing_comes_with_its_command(monkeypatch: pytest.MonkeyPa
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(info.metadata, "version", not_found)
+    monkeypatch.setattr(info, "_has_driver", lambda: False)
     monkeypatch.setattr(info.shutil, "which", lambda name: None)
     monkeypatch.setattr(info.sys, "executable", "/nowhere/python")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
@@ -107,8 +109,58 @@ def test_whatever_is_missing_comes_with_its_command(monkeypatch: pytest.MonkeyPa
     assert "pip install 'epcomm[mpich]'" in found["library"]
     commands = [re.findall(r"pip install 'epcomm\[(\w+)\]'", text) for text in found.values()]
     named = {extra for command in commands for extra in command}
-    assert named == {"torch", "jax", "cuda12", "demo", "mpich"}
+    assert named == {"torch", "jax", "demo", "mpich"}
     assert named <= extras()
+    assert found["cupy"] == "not installed: of use with a GPU only, and there is none here"
+    monkeypatch.setattr(info, "_has_driver", lambda: True)
+    assert lines_of(info._describe_frameworks)["cupy"].endswith("pip install 'epcomm[cuda12]'")
+
+
+def test_ml_dtypes_is_listed() -> None:
+    version = metadata.version("ml_dtypes")
+    assert lines_of(info._describe_frameworks)["ml_dtypes"].startswith(f"{version} (")
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "plan"])
+def test_help_says_what_a_command_does(command: str) -> None:
+    shown = run_epcomm(command, "--help", COLUMNS="80").stdout
+    (what,) = re.search(rf"^ +{command} +(\w.*)$", run_epcomm("--help").stdout, re.M).groups()
+    assert f"\n{what[0].upper()}{what[1:]}.\n" in shown
+
+
+def test_help_of_plan_has_a_line_that_runs() -> None:
+    shown = run_epcomm("plan", "--help", COLUMNS="60").stdout
+    (line,) = re.findall(r"^example: python -m epcomm (.*)$", shown, re.M)
+    assert run_epcomm(*line.split()).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["test", "quickstart"])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_of_a_script_installs_nothing(script: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    for name in (script, "_env.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    done = subprocess.run(
+        [tmp_path / "scripts" / script, option], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"scripts/{script} --help" in done.stdout
+    assert "==>" not in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
+
+
+@pytest.mark.parametrize("script", ["bench_latency", "bench_throughput", "bench_rails"])
+def test_help_of_a_benchmark_needs_no_cupy(script: str, tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("raise ImportError('not here')\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--json" in done.stdout
 
 
 class TestGpus:
