@@ -66,6 +66,8 @@ class TestExamples:
         if name.startswith("moe_"):
             for rank in range(4):
                 assert f"rank {rank} received " in result.stdout
+        else:
+            assert result.stdout.startswith("ok: ")
         assert "Warning" not in result.stderr
 
     @pytest.mark.gpu(1)
