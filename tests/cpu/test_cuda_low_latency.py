@@ -31,7 +31,7 @@ from epcomm.engines.base import (
     LowLatencyDispatchRequest,
     LowLatencyDispatchResult,
 )
-from epcomm.errors import InvalidArgument, RankMismatch
+from epcomm.errors import InvalidArgument, RankMismatch, TransportError
 from epcomm.group import Group
 
 cuda_low_latency = pytest.importorskip(
@@ -289,6 +289,30 @@ def test_one_rank_alone_needs_more_room(on_cpu: None, call: str, needs_more: emu
     run_threads(fn, 2)
 
 
+def test_a_call_that_ranks_disagreed_on_took_a_slot_on_all(on_cpu: None) -> None:
+    """So the call after it needs that of the one before, whose hook must be called first."""
+
+    def fn(group: Group) -> None:
+        rank = _Rank(group)
+        inputs = [emulated.make_inputs(_CASE, 0, i, 8) for i in range(2)]
+        own = inputs[rank.rank]
+        waiting = rank.dispatch(_CASE, own, has_hook=True)
+
+        def disagree() -> None:
+            rank.dispatch(replace(_CASE, num_max=99) if rank.rank == 1 else _CASE, own)
+            rank.check()
+
+        with pytest.raises(RankMismatch):
+            disagree()
+        with pytest.raises(InvalidArgument, match=r"call the oldest hook\(\) first"):
+            rank.dispatch(_CASE, own)
+        waiting.receive()
+        emulated.check_received(_CASE, rank.rank, _received(waiting), inputs)
+        round_trip(rank, _CASE, 1)
+
+    run_threads(fn, 2)
+
+
 def test_an_earlier_failure_is_raised_before_ranks_meet_to_grow(on_cpu: None) -> None:
     """So that the call can be made again: the others still wait for it."""
     expert_twice = 6
@@ -378,6 +402,20 @@ def test_masks_are_set_copied_and_heeded(on_cpu: None) -> None:
             emulated.check_received(
                 _CASE, rank.rank, _received(result), inputs, [other] if is_masked else []
             )
+
+    run_threads(fn, 2)
+
+
+def test_slabs_do_not_grow_while_a_rank_is_masked(on_cpu: None) -> None:
+    """Growing takes all ranks."""
+
+    def fn(group: Group) -> None:
+        rank = _Rank(group, num_bytes=1, can_mask=True)
+        rank.engine.set_masked(1 - rank.rank, True)
+        with pytest.raises(TransportError, match=r"masked.*num_rdma_bytes=\d+"):
+            rank.dispatch(_LARGE, emulated.make_inputs(_LARGE, 0, rank.rank, 8))
+        rank.engine.set_masked(1 - rank.rank, False)
+        round_trip(rank, _LARGE, 1)
 
     run_threads(fn, 2)
 

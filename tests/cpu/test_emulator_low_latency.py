@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +27,8 @@ from emulator.low_latency import (
     wanted_sums,
 )
 
-from epcomm.cuda_layout import LOW_LATENCY_AGREED
+from epcomm.cuda_layout import LOW_LATENCY_AGREED, low_latency_constants
+from epcomm.engines.base import Fp8Format
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64",
@@ -375,6 +377,48 @@ def test_rows_that_never_come_are_zeros(toolchain: Toolchain, num_last: int) -> 
         check_received(case, rank, got, [*inputs[:_LAST], blank])
 
 
+def test_a_rank_whose_scales_alone_never_come_is_masked(toolchain: Toolchain) -> None:
+    """Its values are there: what it had sent when it died, as a whole call left it."""
+    case = Case("scales", (3, 4, 2), 4, hidden=256, routing="uniform", fp8=Fp8Format.FLOAT_SCALES)
+    inputs = [make_inputs(case, 0, rank, 7) for rank in range(case.num_ranks)]
+
+    def dispatch(rank: Rank) -> None:
+        rank.dispatch(case, inputs[rank.rank].rows, inputs[rank.rank].topk_idx)
+
+    whole, world = World(toolchain, case), World(toolchain, case)
+    whole.run(dispatch)
+    constants = low_latency_constants(case.num_ranks)
+    shape = (2, case.num_ranks, constants["kMaxCellTokens"], constants["kMaxCellRowBytes"] // 4)
+    for rank in world.ranks[:_LAST]:
+        rank.can_mask, rank.timeout_s = True, 0.3
+        rank.slab[:] = whole.ranks[rank.rank].slab
+        cells = rank.slab[constants["kOffsetLowLatencyCells"] :].view(np.uint64)
+        of_rows = cells[: np.prod(shape)].reshape(shape)[1, _LAST]
+        assert of_rows[:, 32:34].any()  # two scales, behind 256 bytes of values
+        of_rows[:, 32:34] = 0
+    world.run(lambda rank: dispatch(rank) if rank.rank != _LAST else None)
+    for rank in world.ranks[:_LAST]:
+        assert rank.masks[_LAST] == 1
+
+
+def test_a_dead_rank_costs_one_deadline_however_many_choices_it_had(toolchain: Toolchain) -> None:
+    case = Case("many choices", (1, 64), 64, num_topk=8)  # eight a thread
+    world = World(toolchain, case)
+    inputs = [make_inputs(case, 0, rank, 7) for rank in range(case.num_ranks)]
+    alone = world.ranks[0]
+    alone.can_mask, alone.timeout_s = True, 1.0
+    write_table(case, 1, alone, inputs[1].topk_idx, num_entries=0)
+
+    def dispatch(rank: Rank) -> None:
+        if rank is alone:
+            rank.dispatch(case, inputs[0].rows, inputs[0].topk_idx)
+
+    start = time.monotonic()
+    world.run(dispatch)
+    assert alone.masks.tolist() == [0, 1]
+    assert time.monotonic() - start < 4 * alone.timeout_s
+
+
 def test_half_a_table_of_a_rank_that_died_is_not_counted(case: Case, world: World) -> None:
     inputs = [make_inputs(case, 0, rank, 7) for rank in range(case.num_ranks)]
     num_entries = inputs[_LAST].topk_idx.size - 1
@@ -447,14 +491,39 @@ def test_a_source_that_another_block_saw_and_is_gone_ends_the_call(
     assert int(failed.record["peer"]) == _LAST
 
 
+@pytest.mark.parametrize("call", ["dispatch", "combine"])
+def test_a_source_that_another_block_saw_takes_part(case: Case, world: World, call: str) -> None:
+    """Its header is there when this block looks for the second time."""
+    inputs = [make_inputs(case, 0, rank, 6) for rank in range(case.num_ranks)]
+    ranges = np.zeros((case.num_local, case.num_ranks), np.int64)
+    alone, nothing = world.ranks[0], inputs[0].topk_idx[:0]
+    alone.can_mask, alone.timeout_s = True, 1.0
+    alone.state["verdicts"][_LAST] = 1 << 32 | 1
+
+    def one(rank: Rank) -> None:
+        if rank.rank == _LAST:
+            time.sleep(1.5 * alone.timeout_s)
+            write_table(case, _LAST, alone, nothing, call=1 if call == "dispatch" else 2)
+        elif rank is alone and call == "dispatch":
+            rank.dispatch(case, inputs[0].rows[:0], nothing)
+        elif rank is alone:
+            rank.combine(case, inputs[0].rows, nothing, inputs[0].topk_weights[:0], ranges)
+
+    world.run(one)
+    assert alone.masks.tolist() == [0, 1, 0]
+
+
 def write_table(
-    case: Case, source: int, peer: Rank, topk_idx: np.ndarray, num_entries: int | None = None
+    case: Case,
+    source: int,
+    peer: Rank,
+    topk_idx: np.ndarray,
+    num_entries: int | None = None,
+    call: int = 1,
 ) -> None:
     """Write a rank's header and table for the first call, or part of it, into a peer's slab."""
-    from epcomm.cuda_layout import low_latency_constants
-
     offsets, epoch = low_latency_constants(case.num_ranks), 1
-    words = [1, case.num_max, case.hidden, case.num_experts, case.num_topk, 0, len(topk_idx), 1]
+    words = [call, case.num_max, case.hidden, case.num_experts, case.num_topk, 0, len(topk_idx), 1]
     cells = peer.slab.view(np.uint64)
     begin = offsets["kOffsetLowLatencyHeaders"] // 8 + (epoch % 2 * 8 + source) * 8
     cells[begin : begin + 8] = [(epoch << 32) | word for word in words]
@@ -471,8 +540,6 @@ def test_waiting_is_told_in_microseconds(case: Case, world: World, inputs: list[
     def one(rank: Rank) -> None:
         own = inputs[rank.rank]
         if rank.rank == 1:
-            import time
-
             time.sleep(0.1)
         rank.dispatch(case, own.rows, own.topk_idx, wait_stats=waits[rank.rank])
 

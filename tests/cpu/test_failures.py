@@ -60,6 +60,26 @@ def error_of(call: Callable[[], Any], kind: type[EpcommError] = EpcommError) -> 
     return caught.value
 
 
+# --- a rank that is refused -----------------------------------------------------------------------
+
+
+def test_a_rank_that_is_refused_alone_makes_the_call_again_while_the_all_are_there() -> None:
+    all_are_there = threading.Barrier(3, timeout=20)
+
+    def fn(group: Any) -> None:
+        buffer = Buffer(group, timeout_s=LONG_S)
+        common.check_round(buffer, 0)
+        all_are_there.wait()
+        if group.rank == 1:
+            x, idx, weights = common.make_inputs(1, 1, 3)
+            wrong = {"topk_idx": idx.astype(np.int16), "topk_weights": weights}
+            error_of(lambda: buffer.dispatch(x, **wrong, num_experts=6), InvalidArgument)
+        common.check_round(buffer, 1)
+        buffer.destroy()
+
+    run_threads(fn, 3)
+
+
 # --- a rank that never comes ----------------------------------------------------------------------
 
 
