@@ -3,7 +3,7 @@
 ::
 
     EpcommError
-    ├── InvalidArgument (ValueError)     a call's arguments are wrong; no peer was touched
+    ├── InvalidArgument (ValueError)     a call's arguments are wrong; the Buffer works as before
     ├── UnsupportedConfig                this machine or group cannot do what was asked
     ├── RankMismatch                     ranks passed different values where they must agree
     ├── ClosedError                      the Buffer was destroyed before this call
@@ -26,7 +26,7 @@ class EpcommError(Exception):
 
 
 class InvalidArgument(EpcommError, ValueError):
-    """A call's arguments are wrong. Nothing was sent; the Buffer works as before."""
+    """A call's arguments are wrong. The Buffer works as before."""
 
 
 class UnsupportedConfig(EpcommError):

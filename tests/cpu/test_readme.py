@@ -20,6 +20,7 @@ from launch import ROOT, run_command
 
 import epcomm
 from epcomm import arrays, env, errors
+from epcomm.cli import plan
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
@@ -179,6 +180,20 @@ def test_links_lead_somewhere(document: str) -> None:
             assert target[1:] in anchors
         elif not target.startswith("https://"):
             assert (path.parent / target).exists(), target
+
+
+def test_plan_runs_as_it_stands(tmp_path: Path) -> None:
+    (command,) = (line for line in COMMANDS if " plan " in line)
+    assert "network" in run_command(command, cwd=tmp_path).stdout
+    assert command.endswith(plan.EXAMPLE)
+
+
+def test_calls_are_described_where_they_are_defined(tmp_path: Path) -> None:
+    (command,) = re.findall(r"`(python -m pydoc .*?)`", README)
+    shown = run_command(command, cwd=tmp_path).stdout
+    for call in ("get_dispatch_layout", "dispatch", "combine", "low_latency_dispatch"):
+        for name in list(inspect.signature(getattr(epcomm.Buffer, call)).parameters)[1:]:
+            assert re.search(rf"^ .* {name}: \S", shown, re.MULTILINE), (call, name)
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(?:epcomm\.|Buffer\.|Config\.)[\w.]+`", README))
