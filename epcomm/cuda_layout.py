@@ -68,7 +68,6 @@ def _fixed_offsets() -> tuple[dict[str, int], int]:
         "kOffsetArrival": MAX_RANKS * 8,
         "kOffsetHeaders": 2 * MAX_RANKS * HEADER_WORDS * 4,
         "kOffsetCounts": 2 * MAX_RANKS * MAX_RANKS * 8,
-        "kOffsetListed": MAX_RANKS * 8,
         "kOffsetExpertCounts": 2 * MAX_RANKS * MAX_LOCAL_EXPERTS * 4,
     }
     offsets, end = {}, 0
@@ -115,7 +114,7 @@ class Areas:
     @property
     def flags_offset(self) -> int:
         """Byte where the unit flags begin."""
-        return self.lists_offset + _round_up(MAX_RANKS * self.list_tokens * 4)
+        return self.lists_offset + _round_up(2 * self.num_ranks * self.list_tokens * 4)
 
     @property
     def stage_flags_offset(self) -> int:

@@ -7,8 +7,8 @@
 // Arrival. In each call every rank posts its arrival to every peer, and waits for every peer's.
 // Calls of one rank run in stream order, so "peer p has arrived at call n" says that p is done
 // with call n - 1, and my own start of call n says that all peers are done with call n - 2. Hence
-// memory with two halves, used in turn (stages, headers, counts), is never written while a peer
-// reads it; memory without halves (slots, lists) is written only after the arrival of call n.
+// memory with two halves, used in turn (stages, headers, counts, lists), is never written while a
+// peer reads it; memory without halves (slots) is written only after the arrival of call n.
 //
 // Failure. A wait that passes its deadline writes the host's record and every peer's abort cell.
 // Waits look at the own abort cell, so all ranks end; the kernel returns and the context lives.
@@ -23,7 +23,6 @@ namespace epcomm::comm {
 enum Phase : i32 {
   kArrival = 1,
   kCounts,
-  kLists,
   kStagedRows,
   kCombineRows,
   kReceived,

@@ -24,8 +24,8 @@ struct WorkItem {
 struct RouteSummary {
   u32 num_recv;
   u32 num_remote;
-  u32 is_valid;  // 0: the route failed, on every rank alike, and nothing may move along it
-  u32 padding;
+  u32 is_valid;    // 0: the route failed, on every rank alike, and nothing may move along it
+  u32 max_tokens;  // of any rank
 };
 
 }  // namespace epcomm::comm

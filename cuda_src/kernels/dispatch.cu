@@ -14,6 +14,11 @@
 // every peer; fetching begins with the first unit, and the work list has rows in the order in which
 // units are staged.
 //
+// It may be launched before the host knows how many rows arrive, with outputs as large as the host
+// expects. Where more arrive, this rank only stages, so that no peer waits for it, and a second
+// launch fetches: it resumes the same call, whose number only moves on when the rows have arrived.
+// Where a stage is too small, which all ranks see alike, nothing happens on any.
+//
 // Ordering:
 //   staged rows of a unit -> barrier of the stage warps -> release of the unit's flag at each peer
 //   acquire of the flag by the lane that fetches the row -> fence_proxy_async, __syncwarp -> fetch
@@ -36,6 +41,8 @@ struct DispatchParams {
   u32* recv_scales;
   void* recv_topk_idx;
   u32* recv_topk_weights;
+  u32 num_out_rows;  // that the outputs have room for
+  u32 resumes;       // rows are staged already
   const i32* positions;
   const comm::WorkItem* work;
   const comm::RouteSummary* summary;
@@ -141,12 +148,20 @@ __device__ inline void copy_row(const u8* source, u8* to, u8* also_to, u32 num_b
 
 // --- staging -----------------------------------------------------------------------------------
 
-__device__ inline void stage_row(const DispatchParams& params, u32 token, u8* stage) {
+// Whether rows are staged, and whether they are received.
+struct Part {
+  bool stages;
+  bool receives;
+};
+
+__device__ inline void stage_row(const DispatchParams& params, Part part, u32 token, u8* stage) {
   const Side side(params);
   const Destinations to = destinations_of(params, token);
-  u8* staged = to.has_remote ? stage + u64(token) * params.staged_row_bytes : nullptr;
-  u8* own =
-      to.own_position >= 0 ? params.recv_rows + u64(to.own_position) * params.row_bytes : nullptr;
+  u8* staged =
+      part.stages && to.has_remote ? stage + u64(token) * params.staged_row_bytes : nullptr;
+  u8* own = part.receives && to.own_position >= 0
+                ? params.recv_rows + u64(to.own_position) * params.row_bytes
+                : nullptr;
   if (staged == nullptr && own == nullptr) return;
   copy_row(params.rows + u64(token) * params.row_bytes, staged, own, params.row_bytes);
   if (staged != nullptr) {
@@ -161,13 +176,14 @@ __device__ inline void stage_row(const DispatchParams& params, u32 token, u8* st
 }
 
 // Stages this block's units, lowest tokens first. By all stage warps.
-__device__ inline void stage_units(const DispatchParams& params, u32 warp, u32 epoch) {
+__device__ inline void stage_units(const DispatchParams& params, Part part, u32 warp, u32 epoch) {
   const comm::Call& call = params.call;
   u8* stage = slab::stage(call.slabs, call.rank, epoch);
   const u32 num_units = ceil_div(params.num_tokens, kNumStageWarps);
   for (u32 unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
     const u32 token = unit * kNumStageWarps + warp;
-    if (token < params.num_tokens) stage_row(params, token, stage);
+    if (token < params.num_tokens) stage_row(params, part, token, stage);
+    if (!part.stages) continue;
     ptx::barrier_sync(comm::kStageBarrier, kNumStageWarps * kWarpSize);
     // Another warp for each unit: raising flags takes as long as the unit's writes are on their
     // way.
@@ -309,15 +325,20 @@ extern "C" __global__ void __launch_bounds__(kMaxDispatchThreads, 1)
   extern __shared__ __align__(128) u8 shared_memory[];
   const comm::Call& call = params.call;
   const u32 epoch = comm::begin(call);
+  const comm::RouteSummary& summary = *params.summary;
   // A failed route leaves nothing to go by; every rank's route failed alike.
-  if (!comm::may_begin(call) || params.summary->is_valid == 0) return;
-  if (blockIdx.x == 0) comm::post_arrival(call, epoch);
+  const bool is_valid = summary.is_valid != 0;
+  const bool fits = u64(summary.max_tokens) * params.staged_row_bytes <= call.slabs.stage_bytes;
+  const Part part = {params.resumes == 0, summary.num_recv <= params.num_out_rows};
+  if (!comm::may_begin(call) || !is_valid || !fits) return;
+  if (blockIdx.x == 0 && part.stages) comm::post_arrival(call, epoch);
   if (params.num_worst_tokens > 0) fill_tail(params);
   const u32 num_fetch_warps = blockDim.x / kWarpSize - kNumStageWarps;
   if (warp_index() >= num_fetch_warps) {
-    stage_units(params, warp_index() - num_fetch_warps, epoch);
-  } else if (comm::wait_arrival(call, comm::kArrival, epoch, num_fetch_warps * kWarpSize)) {
+    stage_units(params, part, warp_index() - num_fetch_warps, epoch);
+  } else if (part.receives &&
+             comm::wait_arrival(call, comm::kArrival, epoch, num_fetch_warps * kWarpSize)) {
     fetch_rows(params, warp_index(), num_fetch_warps, epoch, shared_memory);
   }
-  comm::finish(call, epoch);
+  comm::finish(call, part.receives ? epoch : epoch - 1);
 }

@@ -25,18 +25,24 @@ struct LayoutParams {
 
 static_assert(sizeof(LayoutParams) == kLayoutParamsBytes, "epcomm/engines/cuda_params.py differs");
 
-// Counts a token's choices, and returns the ranks that hold them, as bits.
-__device__ inline u32 count_choices(const LayoutParams& params, u32 token, i32* per_expert) {
+// Counts the choices of a warp's tokens, from first on, and returns the ranks that hold those of
+// the lane's token, as bits. By all lanes of a warp.
+__device__ inline u32 count_choices(const LayoutParams& params, u32 first, i32* per_expert) {
   const u32 experts_per_rank = params.num_experts / kNumRanks;
   u32 ranks = 0;
-  comm::for_choices(params.topk_idx, params.is_64_bit, params.num_topk, token, [&](i64 expert) {
-    if (expert < 0 || expert >= i64(params.num_experts)) {
-      params.record->failure = comm::kBadExpert;
-      return;
+  const auto count = [&](i64 expert, u32 own) {
+    const bool is_expert = expert >= 0 && expert < i64(params.num_experts);
+    if (is_expert) atomicAdd(per_expert + expert, 1);
+    if (!is_expert && expert != -1) params.record->failure = comm::kBadExpert;
+    const u32 holder = is_expert ? u32(expert) / experts_per_rank : kNumRanks;
+#pragma unroll
+    for (u32 rank = 0; rank < kNumRanks; ++rank) {
+      const u32 here = __ballot_sync(kFullWarp, holder == rank);
+      if ((here & own) != 0) ranks |= 1u << rank;
     }
-    atomicAdd(per_expert + expert, 1);
-    ranks |= 1u << (u32(expert) / experts_per_rank);
-  });
+  };
+  comm::for_choices(params.topk_idx, params.is_64_bit, params.num_topk, first, params.num_tokens,
+                    count);
   return ranks;
 }
 
@@ -56,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   for (u32 first = warp_index() * kWarpSize; first < params.num_tokens; first += blockDim.x) {
     const u32 token = first + lane_index();
     const bool exists = token < params.num_tokens;
-    const u32 ranks = exists ? count_choices(params, token, per_expert) : 0;
+    const u32 ranks = count_choices(params, first, per_expert);
 #pragma unroll
     for (u32 rank = 0; rank < kNumRanks; ++rank) {
       const bool goes = (ranks >> rank) & 1;

@@ -7,15 +7,13 @@
 //       counts [kNumRanks source, kNumRanks receiver] i32; summary, for later kernels; HostSummary,
 //       for the host.
 // Grid: kNumRanks blocks; block d speaks to receiver d and listens to source d. All fit on any GPU
-//       at once, and each sends its counts before it waits for the others'.
+//       at once, and each sends before it waits for the others.
 //
-// Ordering:
-//   header and expert counts for receiver d  -> release of my count cells   (block d)
-//   acquire of all count cells of d and me   -> first positions; compared headers (block me)
-//   tokens listed at receiver d              -> release of listed[me] at d  (block d)
-//   acquire of listed[d]                     -> reads of source d's list    (block d)
-// Lists have no second half: they are written only after all counts have arrived, when every
-// receiver is done with earlier calls.
+// Ordering, once for all that ranks tell each other:
+//   tokens, header and expert counts for receiver d -> release of my count cells (block d)
+//   acquire of all count cells of d and me -> first positions, source d's list; compared headers
+//   (block me)
+// All of that has two halves: see comm/call.cuh for why a half is free when it is written.
 #include "comm/call.cuh"
 #include "comm/choices.cuh"
 #include "comm/route_record.cuh"
@@ -56,6 +54,8 @@ static_assert(sizeof(RouteParams) == kRouteParamsBytes, "epcomm/engines/cuda_par
 constexpr u32 kHeaderTokens = kNumAgreed;
 constexpr u32 kHeaderWorstTokens = kNumAgreed + 1;
 
+constexpr u32 kMaxThreads = 1024;
+
 // Sums over the block. Returns the sum of lower threads; total gets the sum of all.
 __device__ inline u32 exclusive_scan(u32 value, u32* total) {
   __shared__ u32 warp_sums[32];
@@ -76,28 +76,96 @@ __device__ inline u32 exclusive_scan(u32 value, u32* total) {
   return before + inclusive - value;
 }
 
-// Whether a token goes to a receiver. Its choices there are added to pairs, and is_bad is set where
-// one is no expert; neither where pairs is null.
-__device__ __forceinline__ bool goes_to(const RouteParams& params, u32 token, u32 receiver,
+// Whether token first + lane_index() goes to a receiver. By all lanes of a warp. The choices of its
+// tokens there are added to pairs, and is_bad is set where one is no expert; neither where pairs is
+// null.
+__device__ __forceinline__ bool goes_to(const RouteParams& params, u32 first, u32 receiver,
                                         i32* pairs, bool* is_bad) {
   if (!params.makes_layout) {
-    return params.is_token_in_rank[u64(token) * kNumRanks + receiver];
+    const u32 token = first + lane_index();
+    return token < params.num_tokens && params.is_token_in_rank[u64(token) * kNumRanks + receiver];
   }
   const u32 num_local = params.num_experts / kNumRanks;
   bool goes = false;
-  comm::for_choices(params.topk_idx, params.is_64_bit, params.num_topk, token, [&](i64 expert) {
+  const auto look = [&](i64 expert, u32 own) {
     const i64 local = expert - i64(receiver) * num_local;
     const bool is_there = local >= 0 && local < num_local;
-    goes = goes || is_there;
+    if ((__ballot_sync(kFullWarp, is_there) & own) != 0) goes = true;
     if (pairs == nullptr) return;
     if (is_there) atomicAdd(pairs + local, 1);
-    if (expert < 0 || expert >= params.num_experts) *is_bad = true;
-  });
+    if (expert < -1 || expert >= params.num_experts) *is_bad = true;
+  };
+  comm::for_choices(params.topk_idx, params.is_64_bit, params.num_topk, first, params.num_tokens,
+                    look);
   return goes;
 }
 
+// A span of tokens, and which of them go to a receiver. kWarpSize neighbouring tokens are a group,
+// and a thread has one token of each of its warp's groups: as many as a word has bits.
+class Span {
+ public:
+  // Looks at the tokens from begin on. By all threads; see goes_to for pairs and is_bad.
+  //   starts  [blockDim.x] in shared memory
+  __device__ __forceinline__ Span(const RouteParams& params, u32 begin, u32 receiver, i32* pairs,
+                                  bool* is_bad, u32* starts)
+      : begin_(begin), num_tokens_(params.num_tokens), starts_(starts) {
+    __syncthreads();  // others may still read the starts of the span before
+    starts[threadIdx.x] = 0;
+    __syncthreads();
+    for (u32 turn = 0; turn < kTurns && first_of(turn) < num_tokens_; ++turn) {
+      const bool goes = goes_to(params, first_of(turn), receiver, pairs, is_bad);
+      if (goes) kept_ |= 1u << turn;
+      const u32 going = __ballot_sync(kFullWarp, goes);
+      if (lane_index() == 0) starts[group_of(turn)] = __popc(going);
+    }
+    __syncthreads();
+    const u32 before = exclusive_scan(starts[threadIdx.x], &total_);
+    starts[threadIdx.x] = before;
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ static u32 size() { return blockDim.x * kWarpSize; }
+
+  // Tokens of the span that go.
+  __device__ __forceinline__ u32 total() const { return total_; }
+
+  // Calls with each token of this thread, whether it goes, and how many of the span's go before it.
+  template <typename Use>
+  __device__ __forceinline__ void for_tokens(Use use) const {
+    for (u32 turn = 0; turn < kTurns && first_of(turn) < num_tokens_; ++turn) {
+      const bool goes = (kept_ >> turn) % 2 != 0;
+      const u32 before = __ballot_sync(kFullWarp, goes) & ((1u << lane_index()) - 1);
+      const u32 token = first_of(turn) + lane_index();
+      if (token < num_tokens_) use(token, goes, starts_[group_of(turn)] + __popc(before));
+    }
+  }
+
+ private:
+  static constexpr u32 kTurns = 32;
+
+  __device__ __forceinline__ u32 group_of(u32 turn) const {
+    return turn * (blockDim.x / kWarpSize) + warp_index();
+  }
+  __device__ __forceinline__ u32 first_of(u32 turn) const {
+    return begin_ + group_of(turn) * kWarpSize;
+  }
+
+  u32 begin_, num_tokens_;
+  const u32* starts_;
+  u32 total_ = 0, kept_ = 0;
+};
+
 // Beside a rank's counts: some of its choices are no experts. Every block of it sees that.
 constexpr u32 kHasBadChoices = 1u << 31;
+
+// Sends a receiver the tokens of a span that go there, behind those of the spans before.
+__device__ inline void send_tokens(const comm::Call& call, u32 epoch, u32 receiver,
+                                   const Span& span, u32 num_before) {
+  i32* remote = slab::list(call.slabs, receiver, epoch, call.rank) + num_before;
+  span.for_tokens([&](u32 token, bool goes, u32 before) {
+    if (goes) remote[before] = static_cast<i32>(token);
+  });
+}
 
 // Sends this rank's count for one receiver to all, and its header and expert counts to that one.
 __device__ inline void send_counts(const RouteParams& params, u32 epoch, u32 receiver, u32 count,
@@ -172,8 +240,21 @@ __device__ inline bool check_headers(const comm::Call& call, u32 epoch, const i3
   return false;
 }
 
+// The most tokens of any rank, all of whose headers have arrived.
+__device__ inline u32 max_tokens_of(const comm::Call& call, u32 epoch) {
+  u32 tokens[kNumRanks], most = 0;
+#pragma unroll
+  for (u32 source = 0; source < kNumRanks; ++source) {
+    tokens[source] = slab::header(call.slabs, call.rank, epoch, source)[kHeaderTokens];
+  }
+#pragma unroll
+  for (u32 source = 0; source < kNumRanks; ++source) most = max_of(most, tokens[source]);
+  return most;
+}
+
 // Sums expert counts and tells the host. By the block that listens to this rank itself.
-__device__ inline void tell_host(const RouteParams& params, u32 epoch, u32 num_recv) {
+__device__ inline void tell_host(const RouteParams& params, u32 epoch,
+                                 const comm::RouteSummary& summary) {
   const comm::Call& call = params.call;
   const u32 num_local = params.num_experts / kNumRanks;
   for (u32 i = threadIdx.x; i < num_local; i += blockDim.x) {
@@ -185,17 +266,8 @@ __device__ inline void tell_host(const RouteParams& params, u32 epoch, u32 num_r
     params.host->expert_counts[i] = sum;
   }
   if (threadIdx.x == 0) {
-    i32 tokens[kNumRanks], max_tokens = 0;
-#pragma unroll
-    for (u32 source = 0; source < kNumRanks; ++source) {
-      tokens[source] = slab::header(call.slabs, call.rank, epoch, source)[kHeaderTokens];
-    }
-#pragma unroll
-    for (u32 source = 0; source < kNumRanks; ++source) {
-      max_tokens = max_of(max_tokens, tokens[source]);
-    }
-    params.host->num_recv = static_cast<i32>(num_recv);
-    params.host->max_tokens = max_tokens;
+    params.host->num_recv = static_cast<i32>(summary.num_recv);
+    params.host->max_tokens = static_cast<i32>(summary.max_tokens);
   }
   __threadfence_system();
   __syncthreads();
@@ -217,7 +289,7 @@ __device__ __forceinline__ u32 turn_of(const i32* counts, u32 me, u32 source, u3
 
 }  // namespace epcomm
 
-extern "C" __global__ void __launch_bounds__(1024, 1)
+extern "C" __global__ void __launch_bounds__(epcomm::kMaxThreads, 1)
     epcomm_route(const __grid_constant__ epcomm::RouteParams params) {
   using namespace epcomm;
   const comm::Call& call = params.call;
@@ -225,24 +297,25 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   const u32 epoch = comm::begin(call);
   __shared__ i32 counts[kNumRanks * kNumRanks];
   __shared__ i32 pairs[kMaxLocalExperts];  // choices of each of the receiver's experts
-  if (params.makes_layout) {
+  if (params.makes_layout) {               // a span begins with a barrier
     for (u32 i = threadIdx.x; i < params.num_experts / kNumRanks; i += blockDim.x) pairs[i] = 0;
-    __syncthreads();
   }
-
-  // Neighbouring threads have neighbouring tokens' runs, so a scan over threads orders tokens.
-  const u32 run = ceil_div(params.num_tokens, blockDim.x);
-  const u32 begin = min_of(threadIdx.x * run, params.num_tokens);
-  const u32 end = min_of(begin + run, params.num_tokens);
-  u32 mine = 0;
-  bool is_bad = false;
-  for (u32 token = begin; token < end; ++token) {
-    mine += goes_to(params, token, other, pairs, &is_bad);
-  }
-  u32 total;
-  u32 k = exclusive_scan(mine, &total);
 
   bool is_good = comm::may_begin(call);
+  bool is_bad = false;
+  __shared__ u32 starts[kMaxThreads];
+  const auto look = [&](u32 begin, bool is_first) {
+    return Span(params, begin, other, is_first ? pairs : nullptr, &is_bad, starts);
+  };
+  // As a rule all tokens are in the first span, which is kept.
+  const Span first_span = look(0, true);
+  const bool is_kept = params.num_tokens <= Span::size();
+  u32 total = 0;
+  for (u32 begin = 0; begin < params.num_tokens; begin += Span::size()) {
+    const Span span = begin == 0 ? first_span : look(begin, true);
+    if (is_good) send_tokens(call, epoch, other, span, total);
+    total += span.total();
+  }
   const u32 has_bad_choices = __syncthreads_or(is_bad) ? kHasBadChoices : 0;
   if (is_good) send_counts(params, epoch, other, total | has_bad_choices, pairs);
   __shared__ u32 bad_ranks;
@@ -252,36 +325,32 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     is_good = __syncthreads_and(is_good);
     u32 num_recv = 0, num_own = counts[me * kNumRanks + me];
     for (u32 source = 0; source < kNumRanks; ++source) num_recv += counts[source * kNumRanks + me];
-    if (threadIdx.x == 0) *params.summary = {num_recv, num_recv - num_own, is_good ? 1u : 0u, 0};
+    const u32 max_tokens = is_good ? max_tokens_of(call, epoch) : 0;
+    const comm::RouteSummary summary = {num_recv, num_recv - num_own, is_good, max_tokens};
+    if (threadIdx.x == 0) *params.summary = summary;
     if (is_good) {
       for (u32 i = threadIdx.x; i < kNumRanks * kNumRanks; i += blockDim.x) {
         params.counts[i] = counts[i];
       }
-      tell_host(params, epoch, num_recv);
+      tell_host(params, epoch, summary);
     }
   }
   if (is_good) {
-    u32 first = 0;
-    for (u32 source = 0; source < me; ++source) first += counts[source * kNumRanks + other];
-    i32* remote_list = slab::list(call.slabs, other, me);
-    for (u32 token = begin; token < end; ++token) {
-      const u64 at = u64(token) * kNumRanks + other;
-      const bool goes = goes_to(params, token, other, nullptr, nullptr);
-      params.positions[at] = goes ? static_cast<i32>(first + k) : -1;
-      if (goes) remote_list[k++] = static_cast<i32>(token);
+    u32 position = 0;  // of the span's first row
+    for (u32 source = 0; source < me; ++source) position += counts[source * kNumRanks + other];
+    for (u32 begin = 0; begin < params.num_tokens; begin += Span::size()) {
+      const Span span = is_kept ? first_span : look(begin, false);
+      span.for_tokens([&](u32 token, bool goes, u32 before) {
+        params.positions[u64(token) * kNumRanks + other] =
+            goes ? static_cast<i32>(position + before) : -1;
+      });
+      position += span.total();
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      ptx::st_release_sys_u64(slab::listed_cell(call.slabs, other, me), u64(epoch) << 32);
-      is_good = comm::wait_cell(call, comm::kLists, other, epoch,
-                                slab::listed_cell(call.slabs, me, other));
-    }
-    is_good = __syncthreads_and(is_good);
   }
   if (is_good && other != me) {
     u32 base = 0;
     for (u32 source = 0; source < other; ++source) base += counts[source * kNumRanks + me];
-    const i32* tokens = slab::list(call.slabs, me, other);
+    const i32* tokens = slab::list(call.slabs, me, epoch, other);
     for (u32 i = threadIdx.x; i < u32(counts[other * kNumRanks + me]); i += blockDim.x) {
       params.work[turn_of(counts, me, other, i)] =
           comm::WorkItem::make(other, static_cast<u32>(tokens[i]), base + i);

@@ -12,7 +12,7 @@ constexpr u32 kHeaderWords = 16;
 // Slabs of all ranks as this rank's GPU addresses them, and the areas' places, alike in all.
 struct SlabLayout {
   u8* base[kMaxRanks];
-  // [kMaxRanks source][list_tokens] i32: tokens that a source sends here.
+  // [2][kNumRanks source][list_tokens] i32: tokens that a source sends here.
   u64 lists_offset;
   // [kMaxRanks source][flag_units] u32: epochs of combine's units.
   u64 flags_offset;
@@ -56,11 +56,6 @@ __device__ __forceinline__ u64* count_cell(const SlabLayout& slabs, u32 rank, u3
          receiver;
 }
 
-// {epoch, 0} once a source's list lies in the slab.
-__device__ __forceinline__ u64* listed_cell(const SlabLayout& slabs, u32 rank, u32 source) {
-  return at<u64>(slabs, rank, kOffsetListed) + source;
-}
-
 // [kMaxLocalExperts] pairs that a source sends to each of the rank's experts.
 __device__ __forceinline__ i32* expert_counts(const SlabLayout& slabs, u32 rank, u32 epoch,
                                               u32 source) {
@@ -68,8 +63,9 @@ __device__ __forceinline__ i32* expert_counts(const SlabLayout& slabs, u32 rank,
          ((epoch % 2) * kMaxRanks + source) * kMaxLocalExperts;
 }
 
-__device__ __forceinline__ i32* list(const SlabLayout& slabs, u32 rank, u32 source) {
-  return at<i32>(slabs, rank, slabs.lists_offset) + u64(source) * slabs.list_tokens;
+__device__ __forceinline__ i32* list(const SlabLayout& slabs, u32 rank, u32 epoch, u32 source) {
+  return at<i32>(slabs, rank, slabs.lists_offset) +
+         u64((epoch % 2) * kNumRanks + source) * slabs.list_tokens;
 }
 
 __device__ __forceinline__ u32* unit_flags(const SlabLayout& slabs, u32 rank, u32 source) {

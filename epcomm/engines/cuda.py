@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from epcomm import cuda_layout, streams
 from epcomm.arrays import ArrayView
-from epcomm.cuda_layout import Areas, areas_for
 from epcomm.engines import cuda_failures, cuda_params
 from epcomm.engines.base import (
     Allocate,
@@ -39,6 +38,7 @@ from epcomm.engines.cuda_dispatch import (
     Form,
     Move,
     Outputs,
+    RowForecast,
     dispatch_header,
     form_of,
     make_outputs,
@@ -99,6 +99,8 @@ class CudaEngine:
         self._buffer_id = buffer_id
         self._num_dispatches = 0
         self._tickets = itertools.count(1)
+        self._forecast = RowForecast()
+        self._ahead: Outputs | None = None
         self._is_closed = False
         with cupy.cuda.Device(device):
             attributes = cupy.cuda.Device(device).attributes
@@ -120,6 +122,9 @@ class CudaEngine:
                 record=self._record_ptr,
                 timeout_s=timeout_s,
                 names=self._names,
+                is_capturing=lambda: self._streams.is_capturing,
+                agree=self._agree,
+                settle=self._settle,
             )
             self._launcher = PeerLauncher(group, self._room.slabs.are_threads, timeout_s)
             self._low_latency = CudaLowLatency(
@@ -244,6 +249,15 @@ class CudaEngine:
             meets=not self._streams.is_capturing,
         )
 
+    def _agree(self, header: bytes) -> None:
+        """Meet all ranks, each with the header of its call."""
+        self._launch(
+            kernels.agree_spec(self._group.size),
+            num_blocks=1,
+            num_threads=_AGREE_THREADS,
+            params=cuda_params.pack(cuda_params.AGREE, self._room.call, header, ()),
+        )
+
     # --- layout --------------------------------------------------------------------------------
 
     def make_layout(self, topk_idx: ArrayView, num_experts: int, allocate: Allocate) -> LayoutViews:
@@ -296,8 +310,14 @@ class CudaEngine:
         num_tokens = request.data.shape[0]
         form = self._form(request, num_experts)
         header = dispatch_header("dispatch", 0, request, form)
-        if request.num_worst_tokens:
-            self._check_room(num_tokens, form.staged)
+        is_exact = not request.num_worst_tokens
+        if is_exact and self._streams.is_capturing:
+            raise InvalidArgument(
+                "dispatch: a graph is being captured, and the host cannot wait for the number of "
+                "rows that arrive. Pass num_worst_tokens=, or a handle. Nothing was sent."
+            )
+        if not is_exact:
+            self._room.check(self._room.needs(num_tokens, form.staged, 0))
         ticket = self._route(request, form, header, num_experts)
         # Only now: a call that was refused above does not count, on this rank alone as well.
         self._num_dispatches += 1
@@ -306,12 +326,12 @@ class CudaEngine:
         num_local = num_experts // self._group.size
         move = prepare_move(request, tables, form, num_local, self._group.rank, num_blocks)
         num_recv, max_tokens = request.num_worst_tokens, num_tokens
-        if not request.num_worst_tokens:
-            num_recv, max_tokens = self._wait_counts(ticket)
-            self._grow(areas_for(self._group.size, max_tokens, form.staged, 0))
-        data, scales, topk = self._move(request, move, header, num_recv)
+        if is_exact:
+            outputs, num_recv, max_tokens = self._move_counted(request, move, header, ticket)
+        else:
+            outputs = make_outputs(request, num_recv)
+            self._move(move, header, outputs)
         # After the launch, what the GPU does not wait for.
-        is_exact = not request.num_worst_tokens
         handle = DispatchHandle(
             buffer_id=self._buffer_id,
             serial=self._num_dispatches,
@@ -321,7 +341,37 @@ class CudaEngine:
             routing=Routing(tables, max_tokens, is_exact),
         )
         counts = self._expert_counts(request, num_experts) if is_exact else []
-        return DispatchResult(data, scales, topk, counts, handle)
+        return DispatchResult(*outputs, counts, handle)
+
+    def _move_counted(
+        self, request: DispatchRequest, move: Move, header: bytes, ticket: int
+    ) -> tuple[Outputs, int, int]:
+        """Launch dispatch.cu, with outputs of as many rows as arrive.
+
+        Where a dispatch like this one came before, it is launched before the counts are known, so
+        that the GPU does not wait for the host.
+
+        Returns:
+            The outputs, how many rows arrive, and the most tokens of any rank.
+        """
+        # Ranks that are threads meet around launches, so all have to make the same ones.
+        num_ahead = 0 if self._room.slabs.are_threads else self._forecast.num_rows(request)
+        ahead = make_outputs(request, num_ahead) if num_ahead else None
+        if ahead is not None:
+            self._move(move, header, ahead)
+        # Kept here as well, for where the call fails while the kernel runs.
+        self._ahead = ahead
+        num_recv, max_tokens = self._wait_counts(ticket)
+        if self._room.grow(self._room.needs(max_tokens, move.form.staged, 0)):
+            ahead = None  # dispatch.cu has seen that, and done nothing
+        self._ahead = None
+        self._forecast.note(request, num_recv)
+        if ahead is not None and num_recv <= num_ahead:
+            outputs = ahead.leading(num_recv)
+        else:
+            outputs = make_outputs(request, num_recv)
+            self._move(move, header, outputs, resumes=ahead is not None)
+        return outputs, num_recv, max_tokens
 
     def _check_dispatch(self, request: DispatchRequest) -> int:
         """Raise what one rank can see alone; return the blocks to launch."""
@@ -341,10 +391,12 @@ class CudaEngine:
         record: Routing = handle.routing
         form = self._form(request, 0)
         header = dispatch_header("dispatch with a handle", handle.serial, request, form)
-        self._make_room(record, form.staged, 0, header)
+        needed = self._room.needs(record.max_tokens, form.staged, 0)
+        self._room.make(needed, header, record.is_exact)
         move = prepare_move(request, record.tables, form, 0, self._group.rank, num_blocks)
-        data, scales, _ = self._move(request, move, header, handle.num_recv_rows)
-        return DispatchResult(data, scales, None, [], handle)
+        outputs = make_outputs(request, handle.num_recv_rows)
+        self._move(move, header, outputs)
+        return DispatchResult(outputs.data, outputs.scales, None, [], handle)
 
     def _form(self, request: DispatchRequest, num_experts: int) -> Form:
         return form_of(request, num_experts, self._group.size, self._has_bulk)
@@ -421,17 +473,15 @@ class CudaEngine:
         rounded: list[int] = (-(-pairs.astype(np.int64) // multiple) * multiple).tolist()
         return rounded
 
-    def _move(self, request: DispatchRequest, move: Move, header: bytes, num_rows: int) -> Outputs:
-        """Allocate the outputs and launch dispatch.cu."""
-        outputs = make_outputs(request, num_rows)
+    def _move(self, move: Move, header: bytes, outputs: Outputs, resumes: bool = False) -> None:
+        """Launch dispatch.cu; with ``resumes`` after one whose outputs were too small."""
         self._launch(
             move.form.spec,
             num_blocks=move.num_blocks,
             num_threads=move.form.num_threads,
-            params=move.params(self._room.call, header, outputs),
+            params=move.params(self._room.call, header, outputs, resumes),
             shared_bytes=move.form.shared_bytes,
         )
-        return outputs
 
     def _num_blocks(self, num_sms: int | None) -> int:
         num_sharing = self._room.slabs.num_sharing
@@ -456,7 +506,8 @@ class CudaEngine:
         record: Routing = request.handle.routing
         form = sum_form_of(request, self._group.size, self._has_bulk)
         header = combine_header(request, form)
-        self._make_room(record, 0, form.slot_row_bytes, header)
+        needed = self._room.needs(record.max_tokens, 0, form.slot_row_bytes)
+        self._room.make(needed, header, record.is_exact)
         out = make_sums(request)
         self._launch(
             form.spec,
@@ -466,41 +517,6 @@ class CudaEngine:
             shared_bytes=form.shared_bytes,
         )
         return out
-
-    # --- room in the slabs ---------------------------------------------------------------------
-
-    def _make_room(
-        self, record: Routing, staged_row_bytes: int, slot_row_bytes: int, header: bytes
-    ) -> None:
-        """Have room for a call along known routes, or refuse."""
-        needed = areas_for(self._group.size, record.max_tokens, staged_row_bytes, slot_row_bytes)
-        if self._room.areas.has_room_for(needed):
-            return
-        if not record.is_exact or self._streams.is_capturing:
-            raise self._room.refusal(needed)
-        # Ranks that agree all need the same; one that does not would wait for the others in vain.
-        self._launch(
-            kernels.agree_spec(self._group.size),
-            num_blocks=1,
-            num_threads=_AGREE_THREADS,
-            params=cuda_params.pack(cuda_params.AGREE, self._room.call, header, ()),
-        )
-        self._grow(needed)
-
-    def _check_room(self, num_tokens: int, staged_row_bytes: int) -> None:
-        needed = areas_for(self._group.size, num_tokens, staged_row_bytes, 0)
-        if not self._room.areas.has_room_for(needed):
-            raise self._room.refusal(needed)
-
-    def _grow(self, needed: Areas) -> None:
-        """Make all slabs large enough. Collective where they grow: all ranks see the same need."""
-        if self._room.areas.has_room_for(needed):
-            return
-        if self._streams.is_capturing:
-            raise self._room.refusal(needed)
-        # Peers may still use this slab: each has to be done before the old slabs go.
-        self._settle()
-        self._room.grow(needed)
 
     # --- low latency ---------------------------------------------------------------------------
 

@@ -131,6 +131,19 @@ class Outputs(NamedTuple):
     scales: ArrayView | None
     topk: TopK | None
 
+    def leading(self, num_rows: int) -> Outputs:
+        """Return the first rows: views of the same memory."""
+        scales, topk = self.scales, self.topk
+        return Outputs(
+            _leading(self.data, num_rows),
+            None if scales is None else _leading(scales, num_rows),
+            None if topk is None else TopK(*(_leading(part, num_rows) for part in topk)),
+        )
+
+
+def _leading(view: ArrayView, num_rows: int) -> ArrayView:
+    return view._replace(shape=(num_rows, *view.shape[1:]))
+
 
 def make_outputs(request: DispatchRequest, num_rows: int) -> Outputs:
     """Make what a dispatch writes, for so many rows, unless the caller gives it."""
@@ -148,6 +161,34 @@ def make_outputs(request: DispatchRequest, num_rows: int) -> Outputs:
     return Outputs(recv, recv_scales, recv_topk)
 
 
+class RowForecast:
+    """How many rows will arrive, going by the last dispatch of as many tokens and experts.
+
+    Training and prefill repeat their shapes, and from call to call routes differ by little.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, int] = (0, 0)
+        self._num_rows = 0
+
+    def num_rows(self, request: DispatchRequest) -> int:
+        """Return for how many rows to make outputs; 0 where that is not known."""
+        if request.into is not None or self._last != _shape_of(request):
+            return 0
+        return self._num_rows
+
+    def note(self, request: DispatchRequest, num_recv: int) -> None:
+        """Take note of how many rows arrived."""
+        self._last = _shape_of(request)
+        self._num_rows = num_recv + num_recv // 8
+
+
+def _shape_of(request: DispatchRequest) -> tuple[int, int]:
+    layout = request.layout
+    num_experts = layout.num_tokens_per_expert.shape[0] if layout else request.num_experts
+    return request.data.shape[0], num_experts
+
+
 class Move(NamedTuple):
     """A launch of dispatch.cu, but for its outputs.
 
@@ -163,13 +204,16 @@ class Move(NamedTuple):
     sources: bytes
     rest: bytes
 
-    def params(self, call: bytes, header: bytes, outputs: Outputs) -> npt.NDArray[np.void]:
+    def params(
+        self, call: bytes, header: bytes, outputs: Outputs, resumes: bool
+    ) -> npt.NDArray[np.void]:
         """Return the kernel's argument.
 
         Args:
             call: CALL as bytes.
             header: The header as bytes.
             outputs: Where it writes.
+            resumes: Whether rows are staged already.
         """
         scales_out = idx_out = weights_out = 0
         if outputs.scales is not None:
@@ -177,7 +221,8 @@ class Move(NamedTuple):
         if outputs.topk is not None:
             idx_out, weights_out = outputs.topk.idx.ptr, outputs.topk.weights.ptr
         packed = cuda_params.DISPATCH_OUTPUTS.pack(
-            outputs.data.ptr, scales_out, idx_out, weights_out
+            *(outputs.data.ptr, scales_out, idx_out, weights_out),
+            *(outputs.data.shape[0], resumes),
         )
         return cuda_params.join(call, header, self.sources, packed, self.rest)
 

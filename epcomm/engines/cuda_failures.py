@@ -23,13 +23,12 @@ _EXPERT_TWICE, _LOW_LATENCY_MISMATCH, _BAD_CHOICES = 6, 7, 8
 _PHASES = {
     1: "arrival",
     2: "dispatch: counts",
-    3: "dispatch: lists",
-    4: "dispatch: staged rows",
-    5: "combine: rows",
-    6: "low latency: receiving of an earlier call (its hook, or the rank's next call)",
-    7: "low latency: choices",
-    8: "low latency: rows",
-    9: "low latency: rows",  # of few tokens
+    3: "dispatch: staged rows",
+    4: "combine: rows",
+    5: "low latency: receiving of an earlier call (its hook, or the rank's next call)",
+    6: "low latency: choices",
+    7: "low latency: rows",
+    8: "low latency: rows",  # of few tokens
 }
 
 

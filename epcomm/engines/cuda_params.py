@@ -80,7 +80,7 @@ HOST_SUMMARY = np.dtype(
 )
 
 ROUTE_SUMMARY = np.dtype(
-    [(name, np.uint32) for name in ("num_recv", "num_remote", "is_valid", "padding")], align=True
+    [(name, np.uint32) for name in ("num_recv", "num_remote", "is_valid", "max_tokens")], align=True
 )
 
 LAYOUT = np.dtype(
@@ -133,6 +133,8 @@ DISPATCH = np.dtype(
         ("recv_scales", _PTR),
         ("recv_topk_idx", _PTR),
         ("recv_topk_weights", _PTR),
+        ("num_out_rows", np.uint32),
+        ("resumes", np.uint32),
         ("positions", _PTR),
         ("work", _PTR),
         ("summary", _PTR),
@@ -332,5 +334,5 @@ _HEADER_OFFSET: int = CALL.fields["header"][1] if CALL.fields else 0
 _DISPATCH_NAMES = DISPATCH.names or ()
 #: What stands behind ``call`` in DISPATCH, in three parts: the outputs are known last.
 DISPATCH_SOURCES = packer_of(DISPATCH, *_DISPATCH_NAMES[1:5])
-DISPATCH_OUTPUTS = packer_of(DISPATCH, *_DISPATCH_NAMES[5:9])
-DISPATCH_REST = packer_of(DISPATCH, *_DISPATCH_NAMES[9:])
+DISPATCH_OUTPUTS = packer_of(DISPATCH, *_DISPATCH_NAMES[5:11])
+DISPATCH_REST = packer_of(DISPATCH, *_DISPATCH_NAMES[11:])

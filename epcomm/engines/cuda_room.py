@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,9 @@ class Room:
         record: Address of the FailureRecord that kernels write.
         timeout_s: Deadline of every wait, in seconds.
         names: What errors call each rank.
+        is_capturing: Tells whether the call in hand is captured in a graph.
+        agree: Meets all ranks on the GPU, with the header of the call in hand.
+        settle: Waits until this rank's calls are done, and raises what failed in them.
 
     Attributes:
         areas: How every slab is divided.
@@ -47,9 +50,13 @@ class Room:
         record: int,
         timeout_s: float,
         names: Sequence[int],
+        is_capturing: Callable[[], bool],
+        agree: Callable[[bytes], None],
+        settle: Callable[[], None],
     ) -> None:
         self._group, self._device, self._timeout_s = group, device, timeout_s
         self._names = names
+        self._is_capturing, self._agree, self._settle = is_capturing, agree, settle
         self._state, self._record = state, record
         self._use(_first_areas(group.size, num_bytes))
 
@@ -75,11 +82,44 @@ class Room:
         call["rank"] = self._group.rank
         self.call = call.tobytes()
 
-    def grow(self, needed: Areas) -> None:
-        """Make all slabs large enough. Collective; no call may be running here."""
+    def needs(self, num_tokens: int, staged_row_bytes: int, slot_row_bytes: int) -> Areas:
+        """Return what a call needs of all slabs; see `epcomm.cuda_layout.areas_for`."""
+        return areas_for(self._group.size, num_tokens, staged_row_bytes, slot_row_bytes)
+
+    def check(self, needed: Areas) -> None:
+        """Refuse a call that needs more than there is."""
+        if not self.areas.has_room_for(needed):
+            raise self._refusal(needed)
+
+    def make(self, needed: Areas, header: bytes, is_exact: bool) -> None:
+        """Have room for a call along known routes, or refuse.
+
+        Args:
+            needed: What this rank's arguments need.
+            header: Of the call.
+            is_exact: Whether ``needed`` counts the tokens of all ranks.
+        """
+        if self.areas.has_room_for(needed):
+            return
+        if not is_exact or self._is_capturing():
+            raise self._refusal(needed)
+        # Ranks that agree all need the same; one that does not would wait for the others in vain.
+        self._agree(header)
+        self.grow(needed)
+
+    def grow(self, needed: Areas) -> bool:
+        """Make all slabs large enough; return whether they were not.
+
+        Collective where they grow: all ranks see the same need.
+        """
+        if self.areas.has_room_for(needed):
+            return False
+        # Peers may still use this slab: each has to be done before the old slabs go.
+        self._settle()
         old = self.slabs
         self._use(self.areas.merged_with(needed))
         old.close(is_collective=True)
+        return True
 
     def abort_all(self) -> None:
         """Make all kernels that wait fail, now and later, here as well: this rank has given up."""
@@ -98,7 +138,7 @@ class Room:
                 )
             stream.synchronize()
 
-    def refusal(self, needed: Areas) -> InvalidArgument:
+    def _refusal(self, needed: Areas) -> InvalidArgument:
         """Return the error of a call that needs more and cannot wait for slabs to grow."""
         num_bytes = self.areas.merged_with(needed).num_bytes
         return InvalidArgument(

@@ -50,14 +50,15 @@ class CupyFramework:
     def finish(self, view: ArrayView) -> Any:
         """Return the CuPy array."""
         owner = view.owner
-        if isinstance(owner, cupy.ndarray) and (owner.shape, owner.strides) == (
-            view.shape,
-            view.strides,
-        ):
-            return owner
-        memory = cupy.cuda.UnownedMemory(view.ptr, view.num_bytes, view.owner)
-        pointer = cupy.cuda.MemoryPointer(memory, 0)
-        return cupy.ndarray(view.shape, view.dtype, pointer, view.strides)
+        if isinstance(owner, cupy.ndarray):
+            if (owner.shape, owner.strides) == (view.shape, view.strides):
+                return owner
+            pointer = owner.data + (view.ptr - owner.data.ptr)
+        else:
+            memory = cupy.cuda.UnownedMemory(view.ptr, view.num_bytes, owner)
+            pointer = cupy.cuda.MemoryPointer(memory, 0)
+        dtype = _STORED_AS.get(view.dtype, view.dtype)
+        return cupy.ndarray(view.shape, dtype, pointer, view.strides)
 
     def current_stream(self, device: Device) -> int | None:
         """Return the handle of the current stream."""

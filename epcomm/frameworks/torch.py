@@ -157,7 +157,11 @@ class TorchFramework:
         if tensor.shape != view.shape or _strides(tensor, view.dtype) != view.strides:
             itemsize = view.dtype.itemsize
             steps = tuple([step // itemsize for step in view.strides])
-            tensor = torch.as_strided(tensor, view.shape, steps)
+            # NOTE: a tensor of its own, not a view: torch forbids to write views in place that a
+            # torch.autograd.Function returned.
+            start = tensor.storage_offset() + (view.ptr - tensor.data_ptr()) // itemsize
+            storage = tensor.untyped_storage()
+            tensor = tensor.new_empty(0).set_(storage, start, view.shape, steps)
         return tensor
 
     def current_stream(self, device: Device) -> int | None:

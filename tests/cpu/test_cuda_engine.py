@@ -32,7 +32,11 @@ def engine() -> Any:
     made._num_sms = lambda: 20
     made._record = np.zeros((), cuda_params.FAILURE_RECORD)
     made._summary = np.zeros((), cuda_params.HOST_SUMMARY)
-    made._room = SimpleNamespace(slabs=SimpleNamespace(num_sharing=1))
+    made._room = SimpleNamespace(
+        slabs=SimpleNamespace(num_sharing=1, are_threads=False), needs=lambda *args: None
+    )
+    made._streams = SimpleNamespace(is_capturing=False)
+    made._forecast, made._ahead = cuda.RowForecast(), None
     made._names = (0, 1)
     made._is_closed = True
     made._wait_call = lambda: None
@@ -83,7 +87,7 @@ def test_combine_refuses_sms_before_it_touches_a_peer(
     engine: Any, num_sharing: int, num_sms: int
 ) -> None:
     engine._room.slabs.num_sharing = num_sharing
-    engine._make_room = lambda *args: pytest.fail("slabs were to grow")
+    engine._room.make = lambda *args: pytest.fail("slabs were to grow")
     handle = DispatchHandle(
         buffer_id=1, serial=1, num_tokens=4, num_recv_rows=4, num_recv_tokens=4, routing=None
     )
@@ -220,3 +224,85 @@ def test_what_route_is_told(
     ((ptr, num_bytes),) = made
     num_rows = (ptr + num_bytes - told["work"]) // 8
     assert num_rows == (LIST_TOKENS if num_into is None else max(1, num_into))
+
+
+def test_a_graph_is_told_that_the_host_cannot_wait_in_it(engine: Any) -> None:
+    engine._streams.is_capturing, engine._has_bulk = True, True
+    with pytest.raises(InvalidArgument, match="num_worst_tokens"):
+        engine.dispatch(make_request())
+
+
+# --- dispatch before the counts are known -----------------------------------------------------
+
+
+class Counted:
+    """A rank whose dispatches launch nothing.
+
+    Attributes:
+        launches: Rows of the outputs of each launch, and whether it resumed one.
+        num_recv: Rows that arrive in the next call.
+        grows: Whether slabs have to grow for it.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.launches = engine, list[tuple[int, bool]]()
+        self.num_recv, self.grows = 0, False
+        engine._move = self._launch
+        engine._wait_counts = lambda ticket: (self.num_recv, 4)
+        engine._room.grow = lambda needed: self.grows
+
+    def _launch(self, move: Any, header: bytes, outputs: Any, resumes: bool = False) -> None:
+        self.launches.append((outputs.data.shape[0], resumes))
+
+    def dispatch(self, num_recv: int, **options: Any) -> tuple[Any, list[tuple[int, bool]]]:
+        """Return the outputs, and the launches that it took."""
+        self.num_recv, self.launches = num_recv, []
+        request = make_request(**options)._replace(
+            allocate=lambda shape, dtype: view_numpy(np.zeros(shape, dtype))
+        )
+        move = SimpleNamespace(form=SimpleNamespace(staged=256))
+        outputs, told, max_tokens = self.engine._move_counted(request, move, b"", 1)
+        assert (told, max_tokens) == (num_recv, 4)
+        return outputs, self.launches
+
+
+def test_a_dispatch_like_the_last_one_is_launched_before_its_counts_are_known(engine: Any) -> None:
+    rank = Counted(engine)
+    assert rank.dispatch(16)[1] == [(16, False)]  # nothing to go by
+    outputs, launches = rank.dispatch(17)
+    assert launches == [(18, False)]
+    assert outputs.data.shape == (17, 64)
+    assert [part.shape for part in outputs.topk] == [(17, 3), (17, 3)]
+    assert rank.dispatch(80)[1] == [(19, False), (80, True)]  # too many: it is resumed
+    assert rank.dispatch(0)[1] == [(90, False)]
+    assert rank.dispatch(5)[1] == [(5, False)]  # nothing arrived last time
+    assert rank.dispatch(5, num_experts=16)[1] == [(5, False)]  # another shape
+    assert engine._ahead is None
+
+
+def test_a_dispatch_that_finds_its_slab_too_small_is_launched_anew(engine: Any) -> None:
+    rank = Counted(engine)
+    rank.dispatch(16)
+    rank.grows = True
+    assert rank.dispatch(17)[1] == [(18, False), (17, False)]
+
+
+def test_threads_launch_alike(engine: Any) -> None:
+    """They meet around launches; forecasts may differ."""
+    engine._room.slabs.are_threads = True
+    rank = Counted(engine)
+    for _ in range(2):
+        assert rank.dispatch(16)[1] == [(16, False)]
+
+
+def test_outputs_live_on_where_a_dispatch_fails_while_it_runs(engine: Any) -> None:
+    rank = Counted(engine)
+    rank.dispatch(16)
+
+    def fail(ticket: int) -> None:
+        raise CommTimeout("dispatch: counts", 0, [1], 5.0)
+
+    engine._wait_counts = fail
+    with pytest.raises(CommTimeout):
+        rank.dispatch(16)
+    assert engine._ahead.data.shape == (18, 64)

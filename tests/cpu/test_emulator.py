@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -17,7 +18,16 @@ import numpy as np
 import pytest
 from emulator.__main__ import FOUND
 from emulator.build import EmulatorError, Toolchain, pointer
-from emulator.cases import CASES, WATCHED_CASES, Case, Inputs, make_inputs, run_case, run_round
+from emulator.cases import (
+    CASES,
+    WATCHED_CASES,
+    Case,
+    Inputs,
+    check_untouched,
+    make_inputs,
+    run_case,
+    run_round,
+)
 from emulator.faults import FAULTS, Fault
 from emulator.low_latency import WATCHED_CASES as WATCHED_LOW_LATENCY_CASES
 from emulator.world import Handle, Rank, World
@@ -112,7 +122,9 @@ def test_a_late_rank_ends_too(world: World, inputs: list[Inputs]) -> None:
 
     def late(rank: Rank, latest: int) -> None:
         if (rank.rank == 2) == (latest == 2):
-            route(rank, inputs[rank.rank].topk_idx)
+            handle = route(rank, inputs[rank.rank].topk_idx)
+            # The others' counts were there: they gave up on this rank's.
+            rank.dispatch(handle, inputs[rank.rank].rows)
 
     early = world.failures(partial(late, latest=0))
     assert [error is None for error in early] == [False, False, True]
@@ -232,6 +244,47 @@ def test_a_mismatch_comes_before_the_choices_that_it_makes_bad(
         assert failed is not None
         assert failed.failure == "mismatch"
         assert AGREED[int(failed.record["field"])] == "num_experts"
+
+
+def test_a_stage_that_is_too_small_stops_a_dispatch_before_it_begins(
+    world: World, inputs: list[Inputs]
+) -> None:
+    """On all ranks, whose host then grows all slabs: nothing is counted, so the next call fits."""
+    rows = world.areas.stage_bytes // max(_CASE.num_tokens) // 16 * 16 + 16
+
+    def too_long(rank: Rank) -> None:
+        handle = route(rank, inputs[rank.rank].topk_idx)
+        got = rank.dispatch(handle, np.zeros((len(handle.positions), rows), np.uint8))
+        check_untouched(rank, got)
+
+    world.run(too_long)
+    for rank in world.ranks:
+        rank.check_memory()
+    world.run(partial(run_round, _CASE, inputs))
+
+
+def test_no_peer_waits_for_a_rank_whose_outputs_are_too_small(
+    world: World, inputs: list[Inputs]
+) -> None:
+    """Its host may take its time: what peers fetch has been staged."""
+    others_are_done = threading.Barrier(_CASE.num_ranks)
+
+    def dispatch(rank: Rank) -> None:
+        rows = inputs[rank.rank].rows
+        handle = route(rank, inputs[rank.rank].topk_idx)
+        if rank.rank == 0:
+            rank.dispatch(handle, rows, num_out=0)
+        else:
+            rank.dispatch(handle, rows)
+        others_are_done.wait(60)
+        if rank.rank == 0:
+            got = rank.dispatch(handle, rows, resumes=True)
+            origins = oracle.arrivals([one.topk_idx for one in inputs], _CASE.num_experts, 0)
+            want = oracle.pick([one.rows for one in inputs], origins)
+            np.testing.assert_array_equal(got.rows, want)
+
+    world.run(dispatch)
+    world.run(partial(run_round, _CASE, inputs))
 
 
 # --- processes of their own --------------------------------------------------------------------

@@ -156,6 +156,12 @@ CASES = (
     Case("four ranks, one block", (9, 33, 1, 16), idx_dtype=np.int32, dtype="float16", grid=_SMALL),
     Case("one choice, one expert a rank", (13, 5, 8, 1), num_topk=1, num_local=1, hidden=8),
     Case("many choices and scales", (6, 19), num_topk=37, num_local=64, num_scales=45, hidden=72),
+    Case(
+        *("more tokens than a span has", (1100, 3), 8),
+        num_topk=2,
+        num_rounds=2,
+        grid=Grid(num_threads=32),
+    ),
     Case("eight ranks", (5, 0, 1, 9, 12, 3, 3, 7), num_scales=1, num_spare=1),
     Case("eight ranks, loads and stores", (5, 0, 1, 9, 12, 3, 3, 7), grid=_LOADS_AND_STORES),
     Case(
@@ -282,7 +288,8 @@ def run_round(case: Case, inputs: Sequence[Inputs], rank: Rank) -> None:
         handle = rank.route(in_rank, per_expert, num_worst, topk_idx=choices, work_rows=num_remote)
         check_route(case, rank, handle, topk, origins)
 
-    received = rank.dispatch(
+    move = partial(
+        rank.dispatch,
         handle,
         own.rows,
         scales=own.scales,
@@ -290,6 +297,17 @@ def run_round(case: Case, inputs: Sequence[Inputs], rank: Rank) -> None:
         topk_weights=own.topk_weights,
         num_worst_tokens=num_worst,
     )
+    # Launched with outputs that are too small, or too large; not by all ranks at once.
+    forecast = (None, len(origins) - 1, len(origins) + 2)[int(rank.rng.integers(3))]
+    if num_worst or forecast is None or forecast < 0:
+        received = move()
+    elif forecast < len(origins):
+        check_untouched(rank, move(num_out=forecast))
+        received = move(resumes=True)
+    else:
+        received = move(num_out=forecast)
+        check_untouched(rank, received, len(origins))
+        received = received.leading(len(origins))
     check_received(case, rank, received, inputs, origins)
     again = rank.dispatch(handle, own.later_rows, num_worst_tokens=num_worst)
     later = [one.later_rows for one in inputs]
@@ -362,8 +380,8 @@ def check_route(
     remote = {(*origin, i) for i, origin in enumerate(origins) if origin[0] != me}
     if work != remote:
         raise AssertionError(f"rank {me}: work list: got {work}, want {remote}")
-    summary = [int(handle.summary[name]) for name in ("num_recv", "num_remote", "is_valid")]
-    if summary != [len(origins), len(remote), 1]:
+    summary = [int(value) for value in handle.summary.item()]
+    if summary != [len(origins), len(remote), 1, max(map(len, topk))]:
         raise AssertionError(f"rank {me}: summary: got {summary}")
     pairs = oracle.tokens_per_local_expert(topk, case.num_experts, me, 1)
     host = [int(handle.host["num_recv"]), int(handle.host["max_tokens"])]
@@ -371,6 +389,12 @@ def check_route(
         raise AssertionError(f"rank {me}: the host was told {host}")
     got = handle.host["expert_counts"][: case.num_local]
     same("pairs by local expert", rank, got, np.array(pairs, np.int32))
+
+
+def check_untouched(rank: Rank, got: Received, num_recv: int = 0) -> None:
+    """Check that nothing but the first rows was written."""
+    for name, before in got.poison.items():
+        same(f"{name} behind the last row", rank, getattr(got, name)[num_recv:], before[num_recv:])
 
 
 def check_received(

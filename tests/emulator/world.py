@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,12 @@ Array = npt.NDArray[Any]
 PHASES = {
     1: "arrival",
     2: "counts",
-    3: "lists",
-    4: "staged rows",
-    5: "combine rows",
-    6: "received",
-    7: "tables",
-    8: "low-latency rows",
-    9: "low-latency cells",
+    3: "staged rows",
+    4: "combine rows",
+    5: "received",
+    6: "tables",
+    7: "low-latency rows",
+    8: "low-latency cells",
 }
 FAILURES = {
     1: "timeout",
@@ -276,12 +275,30 @@ class Handle:
 
 @dataclass
 class Received:
-    """What dispatch.cu writes; None where it was not given."""
+    """What dispatch.cu writes; None where it was not given.
+
+    Attributes:
+        rows: The rows.
+        scales: Their scales.
+        topk_idx: Their choices.
+        topk_weights: And weights.
+        poison: What all of these held before, by name.
+    """
 
     rows: Array
     scales: Array | None
     topk_idx: Array | None
     topk_weights: Array | None
+    poison: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        arrays = {name: value for name, value in vars(self).items() if name != "poison"}
+        self.poison = {name: a.copy() for name, a in arrays.items() if a is not None}
+
+    def leading(self, num_rows: int) -> Received:
+        """Return the first rows."""
+        arrays = (self.rows, self.scales, self.topk_idx, self.topk_weights)
+        return Received(*(None if a is None else a[:num_rows] for a in arrays))  # type: ignore[arg-type]
 
 
 class Rank:
@@ -414,11 +431,26 @@ class Rank:
         topk_idx: Array | None = None,
         topk_weights: Array | None = None,
         num_worst_tokens: int = 0,
+        num_out: int | None = None,
+        resumes: bool = False,
         header: dict[str, int] | None = None,
     ) -> Received:
-        """Move rows ``[num_tokens, row_bytes] u8`` and what travels with them."""
+        """Move rows ``[num_tokens, row_bytes] u8`` and what travels with them.
+
+        Args:
+            handle: Their routes.
+            rows: The rows.
+            scales: Of the rows, or None.
+            topk_idx: Choices, or None.
+            topk_weights: Their weights.
+            num_worst_tokens: As given to `route`.
+            num_out: Rows of the outputs; as many as arrive where None.
+            resumes: Whether this follows a launch whose outputs were too small.
+            header: Values of the header that are not zero.
+        """
         num_tokens, row_bytes = rows.shape
-        num_out = num_worst_tokens or handle.num_recv
+        if num_out is None:
+            num_out = num_worst_tokens or handle.num_recv
         num_scales = 0 if scales is None else scales.shape[1]
         num_topk = 0 if topk_idx is None else topk_idx.shape[1]
 
@@ -450,6 +482,8 @@ class Rank:
         params["recv_scales"] = pointer(received.scales)
         params["recv_topk_idx"] = pointer(received.topk_idx)
         params["recv_topk_weights"] = pointer(received.topk_weights)
+        params["num_out_rows"] = num_out
+        params["resumes"] = resumes
         for name in ("positions", "work", "summary"):
             params[name] = pointer(getattr(handle, name))
         num_local = handle.num_experts // self.num_ranks

@@ -280,6 +280,13 @@ def _one_expert(rng: Any, shape: tuple[int, int], num_experts: int, num_ranks: i
     return idx
 
 
+def _a_rank_each(rng: Any, shape: tuple[int, int], num_experts: int, num_ranks: int) -> Any:
+    """Each rank sends all to one, drawn anew every round: what arrives there varies the most."""
+    num_local = num_experts // num_ranks
+    idx = _best(rng.random((shape[0], num_local)), shape[1])
+    return np.where(idx < 0, -1, idx + int(rng.integers(num_ranks)) * num_local)
+
+
 def _one_rank(rng: Any, shape: tuple[int, int], num_experts: int, num_ranks: int) -> Any:
     num_local = num_experts // num_ranks
     idx = _best(rng.random((shape[0], num_local)), shape[1])
@@ -297,6 +304,7 @@ _ROUTINGS: dict[str, Callable[..., npt.NDArray[np.int64]]] = {
     "none": _none,
     "one_expert": _one_expert,
     "one_rank": _one_rank,
+    "a_rank_each": _a_rank_each,
     "repeats": _repeats,
 }
 

@@ -130,8 +130,8 @@ def late(check: Checker, frame_case: Case, phases: set[str], is_combine: bool) -
 
 
 def run_late_dispatch(check: Checker, case: Case) -> None:
-    # The late rank finds all counts; it is the lists of those that gave up that do not come.
-    late(check, case, {"dispatch: counts", "dispatch: lists"}, is_combine=False)
+    # The late rank finds all counts and lists; those that gave up do not arrive to move rows.
+    late(check, case, {"dispatch: counts", "arrival"}, is_combine=False)
 
 
 def run_late_combine(check: Checker, case: Case) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from epcomm import Buffer
 ROUNDS_A_LOOK, ROUNDS_A_BUFFER = 20, 400
 #: Reserved by every other Buffer; the others grow, which num_worst_tokens rules out.
 NUM_BYTES = 256 * 2**20
-ROUTINGS = ("uniform", "zipf", "some", "none", "one_expert", "one_rank", "repeats")
+ROUTINGS = ("uniform", "zipf", "some", "none", "one_expert", "one_rank", "a_rank_each", "repeats")
 DTYPES = (BF16, BF16, F16, F32, E4M3, I8, U8, I64)
 NUM_SMS = (2, 4, 8, 16, 20, 24, 32, 64)
 
@@ -89,6 +90,17 @@ def run_round(check: Checker, buffer: Buffer, number: int, seed: int, is_reserve
     if rng.random() < 0.3:
         check_repeated(check, buffer, case, round_, sent)
     check_combine(check, buffer, case, round_, sent, has_weights=bool(rng.random() < 0.7))
+    if rng.random() < 0.3:  # as many tokens, other routes; and longer rows, for which slabs grow
+        times = 1 if is_reserved else int(rng.choice((1, 1, 1, 4)))
+        again = replace(
+            case,
+            id=f"{case.id} again",
+            routing=str(rng.choice(ROUTINGS)),
+            hidden=case.hidden * times,
+        )
+        check.case = f"{again}, round {round_}, num_sms {num_sms}"
+        sent = check_dispatch(check, buffer, again, round_)
+        check_combine(check, buffer, again, round_, sent)
 
 
 def random_low_latency_case(rng: Any, name: str, check: Checker) -> LowLatencyCase:
