@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cupy
@@ -16,7 +17,6 @@ import numpy.typing as npt
 
 from epcomm import cuda_layout
 from epcomm.arrays import BFLOAT16, ArrayView, Device, packed_strides
-from epcomm.cuda_slab import CudaSlabs
 from epcomm.engines import cuda_failures, cuda_params
 from epcomm.engines.base import (
     CombinePrecision,
@@ -27,31 +27,18 @@ from epcomm.engines.base import (
     LowLatencyShape,
 )
 from epcomm.engines.cuda_launch import PeerLauncher
+from epcomm.engines.cuda_low_latency_room import NUM_SLOTS, LowLatencyRoom, Slab
 from epcomm.engines.cuda_tuning import LOW_LATENCY_GRID, low_latency_parts
 from epcomm.engines.low_latency_arrays import allocate_result, check_combine_buffer
-from epcomm.errors import InvalidArgument, TransportError
+from epcomm.errors import InvalidArgument
 from epcomm.fp8 import num_scales
 from epcomm.group import Group
 from epcomm.jit import kernels
 
-_NUM_SLOTS = 2
 # As in comm/low_latency.cuh.
 _SENDS, _RECEIVES = 1, 2
 _SPAN_BYTES, _COUNT_BYTES, _MASK_BYTES = 8, 4, 4
 _TICKET_BYTES, _NUM_TICKETS = 4, 1024
-
-
-class _Slab:
-    """One generation of slabs, and the device memory that its calls count in. Collective."""
-
-    def __init__(self, group: Group, device: int, rows_bytes: int, timeout_s: float) -> None:
-        self.rows_bytes = rows_bytes = -(-rows_bytes // 256) * 256
-        self.first_row = cuda_layout.low_latency_rows_offset(group.size)
-        num_bytes = cuda_layout.low_latency_slab_bytes(group.size, rows_bytes)
-        self.slabs = CudaSlabs(group, device, num_bytes, self.first_row, timeout_s)
-        self.bases = (*self.slabs.ptrs, *(0,) * (cuda_layout.MAX_RANKS - group.size))
-        self.state = cupy.zeros(cuda_params.LOW_LATENCY_STATE.itemsize, np.uint8)
-        cupy.cuda.runtime.deviceSynchronize()
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ class _Call:
     """
 
     name: str
-    slab: _Slab
+    slab: Slab
     spec: kernels.KernelSpec
     params: np.dtype[Any]
     shape: tuple[int, ...]
@@ -77,9 +64,6 @@ class _Call:
 
 class CudaLowLatency:
     """The low-latency half of `CudaEngine`. Construction is collective.
-
-    Slabs grow when a call needs more. Old ones stay until the end: results that wait for their
-    hook, and captured graphs, go on using them, each generation with epochs of its own.
 
     Args:
         group: The ranks, all on one node.
@@ -115,7 +99,6 @@ class CudaLowLatency:
         self._record, self._timeout_s, self._can_mask = record, timeout_s, can_mask
         self._launcher = launcher
         self._stream, self._is_capturing = stream, is_capturing
-        self._before_growth = before_growth
         self._num_calls = 0
         #: Numbers of the calls whose hook was not called yet.
         self._unreceived: set[int] = set()
@@ -124,56 +107,37 @@ class CudaLowLatency:
         self._add_tickets()  # now: a capture may not be able to
         self._combine_buffers: list[Any] = []
         self._masks = cupy.zeros(group.size, np.int32)
-        self._old: list[_Slab] = []
-        self._slab: _Slab | None = None
-        if num_bytes:
-            self._slab = self._new_slab(-(-num_bytes // _NUM_SLOTS))
-
-    def _new_slab(self, rows_bytes: int) -> _Slab:
-        return _Slab(self._group, self._device, rows_bytes, self._timeout_s)
+        self._room = LowLatencyRoom(
+            group, device, num_bytes, timeout_s, self._masks, is_capturing, before_growth
+        )
 
     def slab_bytes(self) -> int:
         """Return the bytes that this rank holds."""
-        slabs = [*self._old, *([self._slab] if self._slab else [])]
-        return sum(slab.slabs.num_bytes for slab in slabs)
+        return self._room.num_bytes()
 
     def local_memory(self) -> ArrayView:
         """Return the rows of both slots: what lies before them are the cells of calls."""
-        slab = self._slab
-        size = _NUM_SLOTS * slab.rows_bytes if slab else 0
-        ptr = slab.slabs.ptrs[self._group.rank] + slab.first_row if slab else 0
-        return ArrayView(
-            ptr=ptr,
-            shape=(size,),
-            strides=(1,),
-            dtype=np.dtype(np.uint8),
-            device=Device("cuda", self._device),
-            is_readonly=False,
-            owner=slab.slabs if slab else None,
-        )
+        return self._room.rows()
 
     def close(self, is_collective: bool) -> None:
         """Let go of the memory; no call may be running."""
-        for slab in [*self._old, *([self._slab] if self._slab else [])]:
-            slab.slabs.close(is_collective)
-        self._old.clear()
+        self._room.close(is_collective)
         self._combine_buffers.clear()
-        self._slab = None
 
     # --- one call ------------------------------------------------------------------------------
 
     def _check_unreceived(self, name: str) -> None:
-        # The next call writes the slot of the one that was _NUM_SLOTS before it.
+        # The next call writes the slot of the one that was NUM_SLOTS before it.
         oldest = min(self._unreceived, default=self._num_calls + 1)
-        if oldest - 1 <= self._num_calls - _NUM_SLOTS:
+        if oldest - 1 <= self._num_calls - NUM_SLOTS:
             raise InvalidArgument(
                 f"{name}: {len(self._unreceived)} earlier low-latency results wait for their hook, "
-                f"and there are {_NUM_SLOTS} slots; call the oldest hook() first. Nothing was sent."
+                f"and there are {NUM_SLOTS} slots; call the oldest hook() first. Nothing was sent."
             )
 
     def _make_room(
         self, name: str, shape: LowLatencyShape, told: tuple[int, ...], lines: int
-    ) -> _Slab:
+    ) -> Slab:
         """Return slabs with room for a call.
 
         Args:
@@ -183,39 +147,10 @@ class CudaLowLatency:
             lines: Lines of rows that a slot needs.
         """
         needed = cuda_layout.low_latency_rows_bytes(shape, lines)
-        slab = self._slab
-        if slab is not None and slab.rows_bytes >= needed:
-            return slab
-        hint = _NUM_SLOTS * needed
-        if self._is_capturing():
-            raise InvalidArgument(
-                f"{name} needs {hint} bytes of slots, which cannot grow while a graph is captured. "
-                f"Pass num_rdma_bytes={hint} or more when making the Buffer, see "
-                "get_low_latency_rdma_size_hint, or make the call once before. Nothing was sent."
-            )
-        # First, so that an earlier call's failure is raised before any peer is met.
-        self._before_growth()
-        if slab is not None:
-            self._agree(name, shape, told, slab)
-            if self._masks.get().any():
-                raise TransportError(
-                    f"{name} needs {hint} bytes of slots, and they cannot grow while a rank is "
-                    f"masked: growing takes all ranks. Pass num_rdma_bytes={hint} when making the "
-                    "Buffer."
-                )
-        # Every rank comes to the same decision: the shape is the same on all.
-        new = self._new_slab(needed)
-        if slab is not None:
-            self._old.append(slab)
-        self._slab = new
-        return new
+        return self._room.make(name, needed, partial(self._agree, name, shape, told))
 
-    def _agree(self, name: str, shape: LowLatencyShape, told: tuple[int, ...], slab: _Slab) -> None:
-        """Meet the others in a dispatch of no tokens, with the header of the call in hand.
-
-        Ranks that agree all need more room; one that does not would wait for the others in vain.
-        When this returns all calls of this rank are done.
-        """
+    def _agree(self, name: str, shape: LowLatencyShape, told: tuple[int, ...], slab: Slab) -> None:
+        """Meet the others in a dispatch of no tokens, with the header of the call in hand."""
         num_local = shape.num_local_experts
         # NOTE: kind and format are those of the call in hand, which may be a combine; a dispatch of
         # no tokens only compares them.
@@ -234,7 +169,6 @@ class CudaLowLatency:
         outputs = (counts.data.ptr, sources.data.ptr, ranges.data.ptr)
         self._launch(call, _SENDS | _RECEIVES, (0, 0, 0, 0, *outputs, 0, 0, 0))
         self._num_calls += 1
-        self._before_growth()
 
     def _start(
         self,

@@ -6,6 +6,7 @@ CuPy's memory is NumPy's here, slabs are this process's memory, and launches run
 from __future__ import annotations
 
 import ctypes
+import importlib
 import platform
 import shutil
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from epcomm.group import Group
 cuda_low_latency = pytest.importorskip(
     "epcomm.engines.cuda_low_latency", reason="CuPy is not installed"
 )
+cuda_low_latency_room = importlib.import_module("epcomm.engines.cuda_low_latency_room")
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64",
@@ -103,8 +105,9 @@ def on_cpu(toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch) -> None:
             rank=stream.ptr,
         )
 
-    monkeypatch.setattr(cuda_low_latency, "cupy", _CUPY)
-    monkeypatch.setattr(cuda_low_latency, "CudaSlabs", _Slabs)
+    for module in (cuda_low_latency, cuda_low_latency_room):
+        monkeypatch.setattr(module, "cupy", _CUPY)
+    monkeypatch.setattr(cuda_low_latency_room, "CudaSlabs", _Slabs)
     monkeypatch.setattr(cuda_launch, "launch", launch)
 
 
