@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epcomm.arrays import DTYPES
-from epcomm.errors import CommTimeout, RankMismatch, TransportError
+from epcomm.errors import CommTimeout, RankMismatch, TransportError, failed_before
 from epcomm.group import Group
 from epcomm.slab import HostSlabs
 from epcomm.waiting import Deadline, wait_until
@@ -238,15 +238,13 @@ class Board:
         who, me = self._names[failed], self._names[self._group.rank]
         why = f"rank {who} gave up waiting for rank {missed}"
         if self._has_failed:
-            why = f"an earlier call on this Buffer failed: {why}"
-        elif missed == me:
-            why += ", this one, which did not take part in time"
-        else:
-            self._has_failed = True
-            raise CommTimeout(phase, me, [missed], self._timeout_s, gave_up=who)
+            raise failed_before(phase, why)
         self._has_failed = True
+        if missed != me:
+            raise CommTimeout(phase, me, [missed], self._timeout_s, gave_up=who)
         raise TransportError(
-            f"{phase}: {why}. Destroy this Buffer on every rank and make a new one."
+            f"{phase}: {why}, this one, which did not take part in time. Destroy this Buffer on "
+            "every rank and make a new one."
         )
 
 

@@ -63,7 +63,8 @@ class CommTimeout(TransportError, TimeoutError):
     Attributes:
         phase: What was being waited for, such as ``"dispatch: staged rows"``.
         rank: The rank that waited.
-        peers: The ranks that did not answer (empty where the transport cannot tell).
+        peers: The ranks that did not answer (empty where the transport cannot tell; where it only
+            tells which rank gave up, that one).
         timeout_s: The deadline, in seconds.
         gave_up: The rank that waited in vain and so ended this one's wait; None if it is this one.
     """
@@ -86,7 +87,8 @@ class CommTimeout(TransportError, TimeoutError):
         who = f"rank(s) {', '.join(map(str, self.peers))}" if self.peers else "other ranks"
         what = f"rank {rank} waited {timeout_s:g} s for {who}"
         if gave_up is not None:
-            what = f"rank {gave_up} gave up waiting for {who}, so rank {rank} ends too"
+            for_whom = "" if self.peers == (gave_up,) else f" for {who}"
+            what = f"rank {gave_up} gave up waiting{for_whom}, so rank {rank} ends too"
         super().__init__(
             f"{phase}: {what}{'; ' + detail if detail else ''}. Look first at what those ranks "
             "printed; if they are only slow, raise timeout_s= or EPCOMM_TIMEOUT_S. If this was a "
@@ -97,6 +99,14 @@ class CommTimeout(TransportError, TimeoutError):
 def kind_of(value: object) -> str:
     """Return what a message calls a value of a wrong type."""
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def failed_before(phase: str, why: str) -> TransportError:
+    """Return the error of a call on a Buffer on which a wait has failed before."""
+    return TransportError(
+        f"{phase}: an earlier call on this Buffer failed: {why}. Destroy this Buffer on every rank "
+        "and make a new one."
+    )
 
 
 def out_of_step(phase: str, rank: int, theirs: str) -> TransportError:

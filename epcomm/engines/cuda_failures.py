@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from epcomm.arrays import DTYPES
 from epcomm.cuda_layout import AGREED, LOW_LATENCY_AGREED
-from epcomm.errors import CommTimeout, EpcommError, InvalidArgument, RankMismatch
+from epcomm.errors import CommTimeout, EpcommError, InvalidArgument, RankMismatch, failed_before
 
 #: Calls by the number that their header carries.
 CALLS = ("", "dispatch", "dispatch with a handle", "combine")
@@ -57,10 +57,13 @@ def error_in(
     peer = names[int(record["peer"])]
     if failure in (_TIMEOUT, _PEER_GAVE_UP):
         phase = _PHASES.get(int(record["phase"]), "a kernel")
-        detail = f"expected epoch {int(record['expected'])}, saw {int(record['seen'])}"
-        if failure == _PEER_GAVE_UP:
-            detail = f"rank {peer} gave up waiting, so this rank ends too"
-        return CommTimeout(phase, names[rank], [peer], timeout_s, detail)
+        me = names[rank]
+        if failure == _TIMEOUT:
+            detail = f"expected epoch {int(record['expected'])}, saw {int(record['seen'])}"
+            return CommTimeout(phase, me, [peer], timeout_s, detail)
+        if peer == me:  # it gave up on the host
+            return failed_before(phase, f"rank {me} gave up waiting")
+        return CommTimeout(phase, me, [peer], timeout_s, gave_up=peer)
     record["failure"] = 0
     if failure == _MISMATCH:
         return _mismatch(record, names, AGREED, CALLS)
@@ -104,7 +107,8 @@ def _mismatch(
     listed = ", ".join(
         f"rank {rank}: {shown(value)}" for rank, value in zip(names, values, strict=False)
     )
+    rule = "same calls in the same order" if name == "call" else f"same call with the same {name}"
     return RankMismatch(
-        f"ranks disagree on {name} ({listed}). Every rank must make the same call with the same "
-        f"{name}. The call was given up on all ranks."
+        f"ranks disagree on {name} ({listed}). Every rank must make the {rule}. The call was given "
+        "up on all ranks."
     )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epcomm.errors import CommTimeout
+from epcomm.errors import CommTimeout, failed_before
 from epcomm.group import Group
 from epcomm.jit.compile import load_function
 from epcomm.jit.kernels import KernelSpec
@@ -80,7 +80,7 @@ class PeerLauncher:
             self._meeting = group.allgather(Meeting(), timeout_s=timeout_s, phase=_PHASE)[0]
         self._others = [rank for rank in range(group.size) if rank != group.rank]
         self._masked: set[int] = set()
-        self._failure: CommTimeout | None = None
+        self._missing: list[int] = []
 
     def set_masked(self, rank: int, is_masked: bool) -> None:
         """Leave a rank out of meetings for kernels that can do without it, or no longer."""
@@ -112,7 +112,8 @@ class PeerLauncher:
             can_mask: Whether the kernel goes on without ranks that do not come.
 
         Raises:
-            CommTimeout: A rank did not come; every later call raises it again.
+            CommTimeout: A rank did not come.
+            TransportError: So it was at an earlier call.
         """
         meeting = self._meeting if meets else None
         if meeting is not None:
@@ -130,13 +131,15 @@ class PeerLauncher:
             self._meet(meeting, can_mask)
 
     def _meet(self, meeting: Meeting, can_mask: bool) -> None:
-        if self._failure is not None:
-            raise self._failure
+        me = self._group.rank
+        if self._missing:
+            missed = ", ".join(map(str, self._missing))
+            raise failed_before(_PHASE, f"rank {me} gave up waiting for rank(s) {missed}")
         left_out = self._masked if can_mask else ()
         others = [rank for rank in self._others if rank not in left_out]
         missing = meeting.come(self._group, others, self._timeout_s)
         if missing and can_mask:
             self._masked.update(missing)  # the kernel finds out for itself, and masks them
         elif missing:
-            self._failure = CommTimeout(_PHASE, self._group.rank, missing, self._timeout_s)
-            raise self._failure
+            self._missing = missing
+            raise CommTimeout(_PHASE, me, missing, self._timeout_s)

@@ -19,7 +19,8 @@ from epcomm.handle import DispatchHandle
 
 cuda = pytest.importorskip("epcomm.engines.cuda", reason="CuPy is not installed")
 
-TIMEOUT, MISMATCH, BAD_EXPERT, EXPERT_TWICE, BAD_CHOICES = 1, 3, 5, 6, 8
+TIMEOUT, PEER_GAVE_UP, MISMATCH, BAD_EXPERT = 1, 2, 3, 5
+EXPERT_TWICE, LOW_LATENCY_MISMATCH, BAD_CHOICES = 6, 7, 8
 LIST_TOKENS = 100
 
 
@@ -130,6 +131,43 @@ def test_ranks_are_named_as_in_the_whole_group(engine: Any) -> None:
     with pytest.raises(CommTimeout) as caught:
         engine.check_failed("rows")
     assert (caught.value.rank, caught.value.peers) == (4, (6,))
+
+
+def test_a_wait_that_a_peer_ended_is_told_as_no_wait_of_this_rank(engine: Any) -> None:
+    engine._names = (4, 6)
+    record = engine._record
+    record["failure"], record["phase"], record["peer"] = PEER_GAVE_UP, 5, 1
+    with pytest.raises(CommTimeout) as caught:
+        engine._raise_failures()
+    error = caught.value
+    assert (error.phase, error.rank, error.peers, error.gave_up) == ("combine: rows", 4, (6,), 6)
+    assert "combine: rows: rank 6 gave up waiting, so rank 4 ends too. " in str(error)
+    assert "waited" not in str(error)
+    # It set its own abort cell as well, when it gave up between nodes.
+    record["peer"] = 0
+    with pytest.raises(TransportError, match="an earlier call on this Buffer failed: rank 4 gave"):
+        engine._raise_failures()
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "said"),
+    [
+        (0, (1, 3), r"call \(rank 0: dispatch, rank 1: combine\).*same calls in the same order"),
+        (2, (64, 32), r"hidden \(rank 0: 64, rank 1: 32\).*same call with the same hidden"),
+    ],
+)
+@pytest.mark.parametrize("failure", [MISMATCH, LOW_LATENCY_MISMATCH])
+def test_ranks_that_disagree_are_told_the_rule(
+    engine: Any, failure: int, field: int, values: tuple[int, int], said: str
+) -> None:
+    if failure == LOW_LATENCY_MISMATCH:
+        values = (1, 2) if field == 0 else values
+        said = said.replace("rank 0: dis", "rank 0: low_latency_dis")
+        said = said.replace("rank 1: com", "rank 1: low_latency_com")
+    record = engine._record
+    record["failure"], record["field"], record["values"][:2] = failure, field, values
+    with pytest.raises(RankMismatch, match=f"disagree on {said}"):
+        engine._raise_failures()
 
 
 def make_request(num_ranks: int = 0, num_experts: int = 8, **options: Any) -> DispatchRequest:

@@ -1136,6 +1136,12 @@ def test_comm_timeout_tells_no_wait_of_a_rank_that_another_ended() -> None:
     assert "waited" not in str(error)
 
 
+def test_comm_timeout_where_nobody_tells_whom_the_other_waited_for() -> None:
+    error = CommTimeout("combine: rows", 2, [1], 1.5, gave_up=1)
+    assert (error.peers, error.gave_up) == ((1,), 1)
+    assert str(error).startswith("combine: rows: rank 1 gave up waiting, so rank 2 ends too. ")
+
+
 def test_as_group_refuses_what_is_no_group() -> None:
     for wrong in (None, 3, "world", object(), SingleGroup):
         with pytest.raises(InvalidArgument, match="it must be an mpi4py communicator"):
