@@ -16,6 +16,8 @@ from epcomm.errors import UnsupportedConfig
 MAX_RANKS = 8
 MAX_LOCAL_EXPERTS = 2048
 HEADER_WORDS = 16
+#: Bytes of a word: a place in a table, a weight, a scale.
+WORD_BYTES = 4
 
 
 class Agreed(NamedTuple):
@@ -51,7 +53,6 @@ LOW_LATENCY_AGREED = (
 NUM_STAGE_WARPS = 16
 
 _ALIGNMENT = 256
-_WORD = 4
 #: A staged row begins where 16-byte accesses may.
 _ROW_ALIGNMENT = 16
 #: Bytes of a cache line.
@@ -162,7 +163,7 @@ def staged_row_bytes(row_bytes: int, num_scales: int, num_topk: int) -> int:
         num_scales: Scales of the row, a word each.
         num_topk: Choices that travel with the row, an index and a weight each; 0 with a handle.
     """
-    num_bytes = row_bytes + (num_scales + 2 * num_topk) * _WORD
+    num_bytes = row_bytes + (num_scales + 2 * num_topk) * WORD_BYTES
     # Whole lines cross faster; short rows would get too long for it.
     return _round_up(num_bytes, _LINE if num_bytes >= 32 * _LINE else _ROW_ALIGNMENT)
 
@@ -174,7 +175,7 @@ def slot_row_bytes(row_bytes: int, num_topk: int) -> int:
         row_bytes: Bytes of the row alone.
         num_topk: Weights that travel with the row, 0 for none.
     """
-    return row_bytes + num_topk * _WORD
+    return row_bytes + num_topk * WORD_BYTES
 
 
 @lru_cache(maxsize=256)
@@ -220,7 +221,7 @@ _ENTRY_BYTES = 16
 #: Rows of at most so many bytes, of ranks with few tokens, cross as cells of a word and an epoch.
 MAX_CELL_ROW_BYTES = 16384
 MAX_CELL_TOKENS = 16
-_CELL_ROW_STRIDE = MAX_CELL_ROW_BYTES // _WORD * 8
+_CELL_ROW_STRIDE = MAX_CELL_ROW_BYTES // WORD_BYTES * 8
 
 
 def _low_latency_offsets(num_ranks: int) -> dict[str, int]:

@@ -10,14 +10,12 @@ import numpy.typing as npt
 
 from epcomm import cuda_layout
 from epcomm.arrays import DTYPE_INDEX, ArrayView
-from epcomm.cuda_layout import NUM_STAGE_WARPS, Agreed
+from epcomm.cuda_layout import NUM_STAGE_WARPS, WORD_BYTES, Agreed
 from epcomm.engines import cuda_failures, cuda_params, cuda_tuning
 from epcomm.engines.agreed_values import NO_ARRAY
 from epcomm.engines.base import DispatchRequest, TopK
 from epcomm.engines.cuda_routes import Tables
 from epcomm.jit import kernels
-
-_WORD = 4
 
 
 class Form(NamedTuple):
@@ -249,7 +247,7 @@ def prepare_move(
     scales_in = token_stride = scale_stride = 0
     if scales is not None:
         scales_in = scales.ptr
-        token_stride, scale_stride = (stride // _WORD for stride in scales.strides)
+        token_stride, scale_stride = (stride // WORD_BYTES for stride in scales.strides)
     idx_in = weights_in = num_worst_tokens = 0
     if topk is not None:
         idx_in, weights_in = topk.idx.ptr, topk.weights.ptr

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import cupy
 
+from epcomm.cuda_layout import WORD_BYTES
 from epcomm.routing import round_up
 
-_WORD = 4
 #: Where each table of routes begins, in bytes: as memory of its own would.
 _TABLE_ALIGNMENT = 256
 
@@ -55,11 +55,11 @@ def make_tables(num_tokens: int, num_ranks: int, most_work: int) -> Tables:
         num_ranks: Ranks of the group.
         most_work: Rows that there is room for in ``work``.
     """
-    positions_bytes = round_up(num_tokens * num_ranks * _WORD, _TABLE_ALIGNMENT)
-    counts_bytes = round_up(num_ranks * num_ranks * _WORD, _TABLE_ALIGNMENT)
+    positions_bytes = round_up(num_tokens * num_ranks * WORD_BYTES, _TABLE_ALIGNMENT)
+    counts_bytes = round_up(num_ranks * num_ranks * WORD_BYTES, _TABLE_ALIGNMENT)
     # One allocation, not four: the GPU waits for them.
     memory = cupy.cuda.alloc(
-        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * _WORD
+        positions_bytes + counts_bytes + _TABLE_ALIGNMENT + most_work * 2 * WORD_BYTES
     )
     positions = memory.ptr
     counts = positions + positions_bytes
