@@ -57,7 +57,7 @@ class Framework(Protocol):
         ...
 
     def is_unchanged(self, view: ArrayView) -> bool:
-        """Return whether a row-major view still is that of its owner.
+        """Return whether a row-major view still is that of its owner; only where ``is_mutable``.
 
         The owner, an array of this framework, may have got another shape or other memory since.
         """
