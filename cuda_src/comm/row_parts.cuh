@@ -1,7 +1,7 @@
 // Where rows lie, by the tables of choices, and which part of them each block moves.
 //
 // A source's rows at an expert lie one behind the other, by token, so a token's row is found by
-// counting the choices before it. Blocks count for themselves, in chunks of neighbouring tokens.
+// counting the choices before it. Blocks count for themselves, in batches of neighbouring tokens.
 #pragma once
 
 #include "comm/choice_tables.cuh"
@@ -43,10 +43,10 @@ struct Range {
 };
 
 // A block's ranges, and some neighbouring tokens of a source. In shared memory.
-struct Chunk {
+struct Batch {
   Range ranges[kNumRanks];
-  Choice choices[kChunkEntries];  // a token's are at its number in the chunk times num_topk
-  u32 num_choices[kChunkEntries];
+  Choice choices[kBatchEntries];  // a token's are at its number in the batch times num_topk
+  u32 num_choices[kBatchEntries];
 };
 
 // Gives a token's choices for this rank's experts their rows, and puts them in front. By a warp.
@@ -70,17 +70,17 @@ __device__ inline void place_choices(Choice* choices, u32 num_topk, Span* spans,
 
 // Works out the choices of tokens [begin, end) of a source. By all threads, which then meet.
 //   kept   the source's choices as local experts, or kNotHere; null where the block keeps none
-//   spans  [local experts] the source's rows from first_token on; left with those behind the chunk
+//   spans  [local experts] the source's rows from first_token on; left with those behind the batch
 template <bool kHasWeights>
-__device__ __forceinline__ void place_chunk(const LowLatencyCall& call, const Round& round,
+__device__ __forceinline__ void place_batch(const LowLatencyCall& call, const Round& round,
                                             u32 source, u32 first_token, u32 begin, u32 end,
-                                            const u16* kept, Span* spans, Chunk* chunk,
+                                            const u16* kept, Span* spans, Batch* batch,
                                             Arrivals* arrivals) {
   const u32 num_topk = call.shape.num_topk, num_local = num_local_experts(call);
-  const u32 chunk_begin = begin * num_topk;
+  const u32 batch_begin = begin * num_topk;
   auto place = [&](u32 i, u32 local, u32 weight) {
-    if (i >= chunk_begin) {
-      chunk->choices[i - chunk_begin] = {local, 0, i % num_topk, weight};
+    if (i >= batch_begin) {
+      batch->choices[i - batch_begin] = {local, 0, i % num_topk, weight};
     } else if (local != kNoRow) {
       atomicAdd(&spans[local].next, 1u);
     }
@@ -107,7 +107,7 @@ __device__ __forceinline__ void place_chunk(const LowLatencyCall& call, const Ro
   if (warp_index() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
 #pragma unroll 1
     for (u32 token = 0; token < end - begin; ++token) {
-      place_choices(chunk->choices + token * num_topk, num_topk, spans, chunk->num_choices + token);
+      place_choices(batch->choices + token * num_topk, num_topk, spans, batch->num_choices + token);
     }
   }
   __syncthreads();
@@ -126,15 +126,15 @@ struct Part {
 };
 
 // Parts of a source's rows that a block has in hand: items [begin, end), of the tokens of its
-// chunk.
+// batch.
 struct Parts {
   u32 source;
-  u32 first_token;  // of the chunk
+  u32 first_token;  // of the batch
   u32 begin;
   u32 end;
   u32 num_parts;  // of a row
   u32 num_topk;
-  const Chunk* chunk;
+  const Batch* batch;
 
   __device__ __forceinline__ Part part(u32 item) const {
     const u32 token = item / num_parts, place = token - first_token;
@@ -142,8 +142,8 @@ struct Parts {
             token,
             item % num_parts,
             num_parts,
-            chunk->choices + place * num_topk,
-            chunk->num_choices[place]};
+            batch->choices + place * num_topk,
+            batch->num_choices[place]};
   }
 };
 
@@ -170,21 +170,21 @@ __device__ inline Range range_of(const LowLatencyCall& call, u32 sources,
 
 // Gives every part of the sources' rows to one block; neighbouring ones to the same. By all
 // threads; false where the call has failed.
-//   kept                     all sources' choices, or null: see place_chunk
+//   kept                     all sources' choices, or null: see place_batch
 //   span_of(source, expert)  where the source's rows lie at an expert
 //   serve(parts)             is called by all threads for what the block has in hand
 template <bool kHasWeights, typename SpanOf, typename Serve>
 __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& round, u32 sources,
                                      const LowLatencyShape* headers, const u16* kept, Span* spans,
-                                     Chunk* chunk, Arrivals* arrivals, SpanOf span_of,
+                                     Batch* batch, Arrivals* arrivals, SpanOf span_of,
                                      Serve serve) {
   if (threadIdx.x < kNumRanks) {
-    chunk->ranges[threadIdx.x] = range_of(call, sources, headers, threadIdx.x);
+    batch->ranges[threadIdx.x] = range_of(call, sources, headers, threadIdx.x);
   }
   __syncthreads();  // arrivals begin anew, too
 #pragma unroll 1
   for (u32 source = 0; source < kNumRanks; ++source) {
-    if (chunk->ranges[source].begin >= chunk->ranges[source].end) continue;
+    if (batch->ranges[source].begin >= batch->ranges[source].end) continue;
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < num_local_experts(call); i += blockDim.x) {
       spans[i] = span_of(source, i);
@@ -193,12 +193,12 @@ __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& ro
     __syncthreads();
     u32 counted = 0;
 #pragma unroll 1
-    for (u32 token = chunk->ranges[source].first_token();
-         token < chunk->ranges[source].end_token();) {
-      const Range& range = chunk->ranges[source];
-      const u32 next = min_of(token + kChunkEntries / call.shape.num_topk, range.end_token());
-      place_chunk<kHasWeights>(call, round, source, counted, token, next,
-                               kept == nullptr ? nullptr : kept + range.first_entry, spans, chunk,
+    for (u32 token = batch->ranges[source].first_token();
+         token < batch->ranges[source].end_token();) {
+      const Range& range = batch->ranges[source];
+      const u32 next = min_of(token + kBatchEntries / call.shape.num_topk, range.end_token());
+      place_batch<kHasWeights>(call, round, source, counted, token, next,
+                               kept == nullptr ? nullptr : kept + range.first_entry, spans, batch,
                                arrivals);
       if (arrivals->has_failed != 0) return false;
       if (arrivals->missing != 0) {
@@ -207,7 +207,7 @@ __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& ro
       }
       serve(Parts{source, token, max_of(range.begin, token * range.num_parts),
                   min_of(range.end, next * range.num_parts), range.num_parts, call.shape.num_topk,
-                  chunk});
+                  batch});
       __syncthreads();
       counted = token = next;
     }

@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   extern __shared__ __align__(128) u8 shared_memory[];  // Span[local experts]
   __shared__ Sources sources;
   __shared__ union {
-    comm::Chunk chunk;
+    comm::Batch batch;
     comm::Few few;
   } tables;
   __shared__ u64 ranges[kKeptRanges];
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   if (is_good && call.phases & comm::kSends) {
     is_good = comm::for_each_part<true>(
         call, round, taking_part, sources.headers, nullptr,
-        reinterpret_cast<comm::Span*>(shared_memory), &tables.chunk, &sources.arrivals,
+        reinterpret_cast<comm::Span*>(shared_memory), &tables.batch, &sources.arrivals,
         [&](u32 source, u32 expert) {
           const u32 i = expert * kNumRanks + source;
           const u64 range = i < kKeptRanges ? ranges[i] : static_cast<u64>(params.layout_range[i]);

@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   extern __shared__ __align__(128) u8 shared_memory[];
   __shared__ Sources sources;
   __shared__ union {
-    comm::Chunk chunk;
+    comm::Batch batch;
     comm::Few few;
   } tables;
   const comm::LowLatencyCall& call = params.call;
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
       fill_tails(params, all);
       comm::for_each_part<false>(
           call, round, ~sources.arrivals.missing, sources.headers,
-          sources.num_entries <= kKeptEntries ? sources.kept : nullptr, spans, &tables.chunk,
+          sources.num_entries <= kKeptEntries ? sources.kept : nullptr, spans, &tables.batch,
           &sources.arrivals,
           [=](u32 source, u32 expert) {
             u32 begin = 0;

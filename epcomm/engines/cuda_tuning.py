@@ -25,7 +25,7 @@ _FURTHER_THREADS = 512
 #: How blocks of low-latency calls divide their work. Rows of up to so many tokens cross as cells:
 #: twice the bytes, which do not count yet, and no flag.
 LOW_LATENCY_GRID = LowLatencyGrid(
-    num_groups=8, group_warps=2, chunk_entries=1024, kept_entries=4096, cell_tokens=16
+    num_groups=8, group_warps=2, batch_entries=1024, kept_entries=4096, cell_tokens=16
 )
 #: Bytes that a warp moves in one access.
 GRANULE_BYTES = 512

@@ -131,7 +131,7 @@ class LowLatencyGrid:
     Attributes:
         num_groups: Groups of a block, at most 15; each moves a part of a row at a time.
         group_warps: Warps of a group.
-        chunk_entries: Choices that a block has in hand at a time, at least 32.
+        batch_entries: Choices that a block has in hand at a time, at least 32.
         kept_entries: Choices of all ranks that a block keeps once it has read them; more are read
             again.
         cell_tokens: Tokens up to which a rank's rows cross as cells, at most
@@ -140,7 +140,7 @@ class LowLatencyGrid:
 
     num_groups: int
     group_warps: int
-    chunk_entries: int
+    batch_entries: int
     kept_entries: int
     cell_tokens: int
 
@@ -174,7 +174,7 @@ def _low_latency_spec(
         "kLowLatencyStateBytes": cuda_params.LOW_LATENCY_STATE.itemsize,
         "kNumGroups": grid.num_groups,
         "kGroupWarps": grid.group_warps,
-        "kChunkEntries": grid.chunk_entries,
+        "kBatchEntries": grid.batch_entries,
         "kKeptEntries": grid.kept_entries,
         "kCellTokens": grid.cell_tokens,
         **cuda_layout.low_latency_constants(num_ranks),

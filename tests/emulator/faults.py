@@ -371,7 +371,7 @@ FAULTS = (
         "two ranks, bf16",
     ),
     Fault(
-        "low latency: tokens before a chunk are counted again",
+        "low latency: tokens before a batch are counted again",
         _PARTS,
         "counted = token = next;",
         "token = next;",
