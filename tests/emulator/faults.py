@@ -56,6 +56,7 @@ class Fault:
 WATCHED, WATCHED_LOADS_AND_STORES = (case.name for case in WATCHED_CASES)
 WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW = (case.name for case in low_latency.WATCHED_CASES)
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
+_COMBINE_SUM = "kernels/combine_sum.cuh"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
 _CHOICES, _PARTS = "comm/choices.cuh", "comm/row_parts.cuh"
@@ -288,35 +289,35 @@ FAULTS = (
     ),
     Fault(
         "combine: rows wait for an earlier unit's flag",
-        _COMBINE,
+        _COMBINE_SUM,
         "- streams.first_there[rank]) / params.unit_rows;",
         "- streams.first_there[rank]) / params.unit_rows / 8;",
         "four ranks, one block",
     ),
     Fault(
         "combine: no wait for rows",
-        _COMBINE,
+        _COMBINE_SUM,
         "if (rank != call.rank && position >= 0) {",
         "if (false && rank != call.rank && position >= 0) {",
         "two ranks",
     ),
     Fault(
         "combine: what one lane acquired is not the warp's",
-        _COMBINE,
+        _COMBINE_SUM,
         "  __syncwarp();  // a vote orders no memory",
         "  // a vote orders no memory",
         WATCHED,
     ),
     Fault(
         "combine: a bias is added twice",
-        _COMBINE,
+        _COMBINE_SUM,
         "add(ptx::ld_no_allocate_vec16(params.bias[1] + out_row + at), sums);",
         "add(ptx::ld_no_allocate_vec16(params.bias[0] + out_row + at), sums);",
         "two ranks",
     ),
     Fault(
         "combine: the last further row is left out",
-        _COMBINE,
+        _COMBINE_SUM,
         "i < params.num_further; ++i",
         "i + 1 < params.num_further; ++i",
         "two ranks and four other nodes",
