@@ -229,6 +229,7 @@ def _low_latency_offsets(num_ranks: int) -> dict[str, int]:
     sizes = {
         "kOffsetLowLatencyAbort": 8,
         "kOffsetLowLatencyReceived": 2 * MAX_RANKS * 4,
+        "kOffsetLowLatencySigns": MAX_RANKS * 8,
         "kOffsetLowLatencyHeaders": 2 * MAX_RANKS * _HEADER_CELLS * 8,
         "kOffsetLowLatencyFlags": 2 * MAX_LOW_LATENCY_TOPK * MAX_LOW_LATENCY_TOKENS * 4,
         "kOffsetLowLatencyTables": 2 * num_ranks * entries * _ENTRY_BYTES,

@@ -30,6 +30,23 @@
 //
 // Masks. With can_mask a peer that does not answer in time is masked, in place of a failure; masked
 // peers get nothing, and nobody waits for them.
+//
+// Signs of life. Whoever waits for a dead rank is itself late by a deadline. To a rank that the
+// dead one had served before, and that is in the next call, both look alike, and no choice of
+// deadlines tells them apart: that of a wait would have to exceed the longest call, and the wait is
+// part of one. So with can_mask a rank that waits shows it, every eighth of a deadline, to all that
+// it does not mask; and a wait's deadline counts from its begin or the awaited rank's last sign.
+//   A live rank is not masked unless it waits nowhere for seven eighths of a deadline, as when its
+//   host or its other kernels take so long: between two of its signs lie an eighth and that time.
+//   A dead rank is masked a deadline after the wait for it began, or after its last sign.
+//   Every wait ends, after kNumRanks deadlines whatever signs there are: ranks out of step, as a
+//   caller may have unmasked them, wait for each other. One dead rank makes no wait so long. Who
+//   waits for a live rank waits, over others perhaps, for one that waits for the dead rank; each of
+//   them does so for one deadline in all, as then it masks it; and there are kNumRanks - 2. Where
+//   several die one after another, the first line may not hold.
+// Signs order nothing, and tell nothing of a call: a rank in an earlier one has yet to send what is
+// waited for, and what a rank in a later one has sent arrives. They belong to a slab: in calls on
+// another, as after growth, a rank that waits shows nothing.
 #pragma once
 
 #include "comm/call.cuh"
@@ -71,8 +88,10 @@ struct LowLatencyState {
   u32 num_finished_blocks;  // of a call whose waits are summed
   u32 has_failed;
   u32 waited_us[kMaxRanks];
-  u64 verdicts[kMaxRanks];  // {epoch, whether the source takes part in this call}
-  u64 padding[3];
+  u64 verdicts[kMaxRanks];      // {epoch, whether the source takes part in this call}
+  u64 shown_ns;                 // when this rank last showed that it waits
+  u64 sign_seen_ns[kMaxRanks];  // and when it last saw that of each peer
+  u64 padding[2];
   BlockState blocks[kMaxLowLatencyBlocks];
 };
 
@@ -165,6 +184,32 @@ __device__ __forceinline__ bool is_there(Phase phase, u32 seen, u32 epoch) {
   return phase == kReceived ? is_reached(seen, epoch) : seen == epoch;
 }
 
+constexpr u32 kSignsPerDeadline = 8;
+
+// Shows all peers, at intervals, that this rank waits: by one thread of all that do.
+__device__ __forceinline__ void show_sign(const LowLatencyCall& call, u64 now) {
+  u64* shown_ns = &call.state->shown_ns;
+  const u64 before = *static_cast<volatile u64*>(shown_ns);
+  if (now < before + call.timeout_ns / kSignsPerDeadline) return;
+  if (atomicCAS(shown_ns, before, now) != before) return;
+#pragma unroll 1
+  for (u32 peer = 0; peer < kNumRanks; ++peer) {
+    if (is_masked(call, peer)) continue;
+    ptx::st_relaxed_sys_u64(slab::sign_cell(call.slabs, peer, call.rank), 1);
+  }
+}
+
+// When this rank last saw that a peer waits.
+__device__ __forceinline__ u64 last_sign_ns(const LowLatencyCall& call, u32 peer, u64 now) {
+  volatile u64* seen_ns = &call.state->sign_seen_ns[peer];
+  u64* sign = slab::sign_cell(call.slabs, call.rank, peer);
+  if (ptx::ld_relaxed_sys_u64(sign) != 0) {
+    *seen_ns = now;  // before other threads can no longer see the sign
+    ptx::st_relaxed_sys_u64(sign, 0);
+  }
+  return *seen_ns;
+}
+
 // NOTE: a function of its own, so that waiting takes no registers where it is not waited.
 __device__ __noinline__ Awaited await_slowly(const LowLatencyCall& call, Phase phase, u32 peer,
                                              u32 epoch, const void* cell) {
@@ -185,7 +230,13 @@ __device__ __noinline__ Awaited await_slowly(const LowLatencyCall& call, Phase p
       report(call, kPeerGaveUp, phase, static_cast<u32>(aborted - 1), epoch, seen);
       return {Outcome::kFailed, 0};
     }
-    if (ptx::global_timer_ns() - start > call.timeout_ns) {
+    const u64 now = ptx::global_timer_ns();
+    u64 since = start;
+    if (call.can_mask) {
+      show_sign(call, now);
+      since = max_of(start, last_sign_ns(call, peer, now));
+    }
+    if (now > since + call.timeout_ns || (now - start) / kNumRanks > call.timeout_ns) {
       note_waited(call, phase, peer, start);
       if (call.can_mask) return {Outcome::kMissing, 0};
       report(call, kTimeout, phase, peer, epoch, seen);

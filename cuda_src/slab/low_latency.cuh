@@ -35,6 +35,11 @@ __device__ __forceinline__ u32* received_cell(const LowLatencySlabs& slabs, u32 
   return at<u32>(slabs, rank, kOffsetLowLatencyReceived) + slot * kMaxRanks + peer;
 }
 
+// Not 0 where a peer has shown that it waits in a kernel; who sees it takes it.
+__device__ __forceinline__ u64* sign_cell(const LowLatencySlabs& slabs, u32 rank, u32 peer) {
+  return at<u64>(slabs, rank, kOffsetLowLatencySigns) + peer;
+}
+
 // [kLowLatencyHeaderWords] {epoch, word}.
 __device__ __forceinline__ u64* header_cells(const LowLatencySlabs& slabs, u32 rank, u32 slot,
                                              u32 source) {

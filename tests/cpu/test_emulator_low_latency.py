@@ -25,6 +25,7 @@ from emulator.low_latency import (
     run_round,
     same,
     wanted_sums,
+    write_table,
 )
 
 from epcomm.cuda_layout import LOW_LATENCY_AGREED, low_latency_constants
@@ -511,27 +512,6 @@ def test_a_source_that_another_block_saw_takes_part(case: Case, world: World, ca
 
     world.run(one)
     assert alone.masks.tolist() == [0, 1, 0]
-
-
-def write_table(
-    case: Case,
-    source: int,
-    peer: Rank,
-    topk_idx: np.ndarray,
-    num_entries: int | None = None,
-    call: int = 1,
-) -> None:
-    """Write a rank's header and table for the first call, or part of it, into a peer's slab."""
-    offsets, epoch = low_latency_constants(case.num_ranks), 1
-    words = [call, case.num_max, case.hidden, case.num_experts, case.num_topk, 0, len(topk_idx), 1]
-    cells = peer.slab.view(np.uint64)
-    begin = offsets["kOffsetLowLatencyHeaders"] // 8 + (epoch % 2 * 8 + source) * 8
-    cells[begin : begin + 8] = [(epoch << 32) | word for word in words]
-    entries = offsets["kMaxLowLatencyTokens"] * offsets["kMaxLowLatencyTopk"] * 2
-    begin = offsets["kOffsetLowLatencyTables"] // 8
-    begin += (epoch % 2 * case.num_ranks + source) * entries
-    flat = topk_idx.ravel()[:num_entries].astype(np.int64) & 0xFFFFFFFF
-    cells[begin : begin + 2 * flat.size : 2] = (np.uint64(epoch) << 32) | flat.astype(np.uint64)
 
 
 def test_waiting_is_told_in_microseconds(case: Case, world: World, inputs: list[Inputs]) -> None:

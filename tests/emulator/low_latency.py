@@ -416,6 +416,28 @@ class World(RanksAsThreads):
         self.ranks += [Rank(self, rank) for rank in range(self.num_ranks)]
 
 
+def write_table(
+    case: Case,
+    source: int,
+    peer: Rank,
+    topk_idx: Array,
+    num_entries: int | None = None,
+    call: int = 1,
+    epoch: int = 1,
+) -> None:
+    """Write a rank's header and table for a call, or part of it, into a peer's slab."""
+    offsets = cuda_layout.low_latency_constants(case.num_ranks)
+    words = [call, case.num_max, case.hidden, case.num_experts, case.num_topk, 0, len(topk_idx), 1]
+    cells = peer.slab.view(np.uint64)
+    begin = offsets["kOffsetLowLatencyHeaders"] // 8 + (epoch % 2 * 8 + source) * 8
+    cells[begin : begin + 8] = [(epoch << 32) | word for word in words]
+    entries = offsets["kMaxLowLatencyTokens"] * offsets["kMaxLowLatencyTopk"] * 2
+    begin = offsets["kOffsetLowLatencyTables"] // 8
+    begin += (epoch % 2 * case.num_ranks + source) * entries
+    flat = topk_idx.ravel()[:num_entries].astype(np.int64) & 0xFFFFFFFF
+    cells[begin : begin + 2 * flat.size : 2] = (np.uint64(epoch) << 32) | flat.astype(np.uint64)
+
+
 # --- what must come out ------------------------------------------------------------------------
 
 
