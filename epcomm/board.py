@@ -7,6 +7,10 @@ Ordering: a header is written before the ARRIVED cell that announces it, rows be
 Headers have two slots, used in turn: a rank that posts round n + 2 has seen all ranks arrive at
 round n + 1, and a rank arrives there only when done with the headers, and the staged rows, of
 round n. So neither is ever overwritten while it is read, with no second barrier.
+
+Signs of life: a rank that waits for one that died comes late itself, by a whole deadline. In calls
+that mask such ranks, whoever waits changes its SIGN cell again and again, and only ranks that have
+not come and show no sign for a deadline are masked.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ from epcomm.waiting import Deadline, wait_until
 
 Words = npt.NDArray[np.int64]
 
-ARRIVED, STAGED, LOW_LATENCY_SENT, LOW_LATENCY_RECEIVED, FAILED = range(5)
+ARRIVED, STAGED, LOW_LATENCY_SENT, LOW_LATENCY_RECEIVED, FAILED, SIGN = range(6)
 _NUM_CELLS = 8
 _NUM_SLOTS = 2
+_SIGNS_PER_DEADLINE = 8
 #: Words of a header before the counts: the round, the call, and the values that must agree.
 _NUM_VALUES = 30
 
@@ -84,6 +89,7 @@ class Board:
         self._is_lost = False
         self._has_failed = False
         self._fence = threading.Lock()
+        self._next_sign_s = 0.0
         self.masked = np.zeros(group.size, bool)
 
     def close(self) -> None:
@@ -103,7 +109,7 @@ class Board:
             call: The call.
             values: A number for each name in ``call.agreed`` and ``call.own``.
             counts: ``[num_counts] int64`` more numbers for all to see, or None.
-            on_missing: Instead of failing, called with the ranks that did not come.
+            on_missing: See `wait`.
 
         Returns:
             Each value ``[num_ranks]`` by name, and the counts ``[num_ranks, num_counts]``. Copies.
@@ -189,7 +195,8 @@ class Board:
             cell: Which cell.
             value: What to wait for.
             phase: What is waited for, named in the error.
-            on_missing: Called with the missing ranks in place of failing.
+            on_missing: In place of failing, called with the missing ranks that have shown no sign
+                of life for a deadline; it masks them.
             waited_us: ``[num_ranks] int64``; the microseconds waited for each are added; or None.
 
         Raises:
@@ -202,21 +209,48 @@ class Board:
         def is_ready() -> bool:
             self._group.check()
             self.check_failed(phase)
+            if on_missing is not None:
+                self._show_sign()
             here = (column >= value) | self.masked
             if waited_us is not None:
                 waited_us[here & ~seen] += round((time.perf_counter() - began) * 1e6)
                 seen[:] = here
             return bool(here.all())
 
+        def missing() -> list[int]:
+            return [int(rank) for rank in np.flatnonzero((column < value) & ~self.masked)]
+
+        if on_missing is not None:
+            self._wait_for_living(is_ready, missing, on_missing)
+            return
         if wait_until(is_ready, Deadline(self._timeout_s)):
             return
-        missing = [int(rank) for rank in np.flatnonzero((column < value) & ~self.masked)]
-        if on_missing is not None:
-            on_missing(missing)
-            return
-        named = [self._names[rank] for rank in missing]
+        named = [self._names[rank] for rank in missing()]
         self.fail(named[0])
         raise CommTimeout(phase, self._names[self._group.rank], named, self._timeout_s)
+
+    def _wait_for_living(
+        self,
+        is_ready: Callable[[], bool],
+        missing: Callable[[], list[int]],
+        on_missing: Callable[[Sequence[int]], None],
+    ) -> None:
+        # Ranks out of step, which wait for each other, end after as many deadlines as there are
+        # ranks. One dead rank makes no wait so long: each of the others waits for it once.
+        num_silent = np.zeros(self._group.size, np.int64)
+        for _ in range(self._group.size * _SIGNS_PER_DEADLINE):
+            signs = self._cells[:, SIGN].copy()
+            if wait_until(is_ready, Deadline(self._timeout_s / _SIGNS_PER_DEADLINE)):
+                return
+            num_silent = np.where(self._cells[:, SIGN] == signs, num_silent + 1, 0)
+            on_missing([rank for rank in missing() if num_silent[rank] >= _SIGNS_PER_DEADLINE])
+        on_missing(missing())
+
+    def _show_sign(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_sign_s:
+            self._next_sign_s = now_s + self._timeout_s / _SIGNS_PER_DEADLINE
+            self._cells[self._group.rank, SIGN] += 1
 
     def fail(self, missed: int) -> None:
         """Make all ranks' waits, and all later ones, fail: this rank gave up waiting for another.

@@ -823,6 +823,33 @@ def test_throughput_calls_refuse_a_masked_rank() -> None:
     run_threads(fn, 2)
 
 
+def test_rank_that_waits_for_a_dead_one_is_not_masked() -> None:
+    """Rank 2 waits for rank 1 in a hook, and so comes late to the call where rank 0 waits."""
+
+    def fn(group: Any) -> None:
+        buffer = shrinking_buffer(group)
+        common.check_low_latency_round(buffer, seed=0)
+        if group.rank == 1:
+            post = buffer._engine._board.post
+            buffer._engine._board.post = lambda cell, value: (
+                post(cell, value) if cell == 0 else None
+            )
+        first = common.low_latency_dispatch(buffer, 1, return_recv_hook=True)
+        if group.rank == 1:
+            return
+        if group.rank == 2:
+            time.sleep(SHORT_S / 2)
+            first[-1]()
+        second = common.low_latency_dispatch(buffer, 2, return_recv_hook=True)
+        if group.rank == 0:
+            first[-1]()
+        second[-1]()
+        common.check_received(buffer, 2, second, gone=(1,))
+        assert mask_of(buffer) == [0, 1, 0]
+
+    run_threads(fn, 3)
+
+
 def test_slots_do_not_grow_while_a_rank_is_masked() -> None:
     def fn(group: Any) -> None:
         buffer = Buffer(group, enable_shrink=True, timeout_s=SHORT_S)
