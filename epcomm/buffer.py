@@ -56,7 +56,8 @@ class Buffer(LowLatencyCalls):
         allow_mnnvl: Not used.
         use_fabric: Not used.
         explicitly_destroy: Kept as an attribute; `destroy` may be called either way.
-        enable_shrink: Let low-latency calls go on without ranks that do not answer in time.
+        enable_shrink: Let low-latency calls go on without ranks that do not answer in time: that
+            for ``timeout_s`` neither come nor wait for others in a low-latency call themselves.
         comm: An mpi4py communicator, in place of ``group``.
         engine: ``"cuda"`` for arrays on GPUs that reach each other inside a node; ``"host"`` for
             arrays in CPU memory or, with ``device=``, for arrays on that GPU, which are copied
