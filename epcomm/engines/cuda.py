@@ -126,7 +126,9 @@ class CudaEngine:
                 agree=self._agree,
                 settle=self._settle,
             )
-            self._launcher = PeerLauncher(group, self._room.slabs.are_threads, timeout_s)
+            self._launcher = PeerLauncher(
+                group, self._room.slabs.are_threads, timeout_s, self._names
+            )
             self._low_latency = CudaLowLatency(
                 group,
                 device,

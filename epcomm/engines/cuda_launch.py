@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,10 +70,13 @@ class PeerLauncher:
         group: The ranks.
         are_threads: Whether they are threads of one process.
         timeout_s: Deadline of every meeting, in seconds.
+        names: What errors call each rank.
     """
 
-    def __init__(self, group: Group, are_threads: bool, timeout_s: float) -> None:
-        self._group, self._timeout_s = group, timeout_s
+    def __init__(
+        self, group: Group, are_threads: bool, timeout_s: float, names: Sequence[int]
+    ) -> None:
+        self._group, self._timeout_s, self._names = group, timeout_s, names
         # Threads get the very object that rank 0 made.
         self._meeting: Meeting | None = None
         if are_threads:
@@ -131,7 +134,7 @@ class PeerLauncher:
             self._meet(meeting, can_mask)
 
     def _meet(self, meeting: Meeting, can_mask: bool) -> None:
-        me = self._group.rank
+        me = self._names[self._group.rank]
         if self._missing:
             missed = ", ".join(map(str, self._missing))
             raise failed_before(_PHASE, f"rank {me} gave up waiting for rank(s) {missed}")
@@ -141,5 +144,5 @@ class PeerLauncher:
         if missing and can_mask:
             self._masked.update(missing)  # the kernel finds out for itself, and masks them
         elif missing:
-            self._missing = missing
-            raise CommTimeout(_PHASE, me, missing, self._timeout_s)
+            self._missing = [self._names[rank] for rank in missing]
+            raise CommTimeout(_PHASE, me, self._missing, self._timeout_s)

@@ -59,7 +59,7 @@ def test_threads_start_together_and_go_on_together(
     monkeypatch.setattr(cuda_launch, "launch", launch)
 
     def fn(group: Group) -> None:
-        launcher = cuda_launch.PeerLauncher(group, True, 30.0)
+        launcher = cuda_launch.PeerLauncher(group, True, 30.0, range(group.size))
         for round_ in range(1, 6):
             time.sleep(PAUSE_S * ((group.rank + round_) % NUM_RANKS))
             launches.add_ready()
@@ -73,7 +73,7 @@ def test_threads_start_together_and_go_on_together(
 @pytest.mark.parametrize(("are_threads", "meets"), [(False, True), (True, False)])
 def test_others_start_at_once(launches: Launches, are_threads: bool, meets: bool) -> None:
     def fn(group: Group) -> None:
-        launcher = cuda_launch.PeerLauncher(group, are_threads, 30.0)
+        launcher = cuda_launch.PeerLauncher(group, are_threads, 30.0, range(group.size))
         if group.rank == 0:
             run_kernel(launcher, meets=meets)
 
@@ -83,16 +83,15 @@ def test_others_start_at_once(launches: Launches, are_threads: bool, meets: bool
 
 def test_a_rank_that_does_not_come_fails_the_others(launches: Launches) -> None:
     def fn(group: Group) -> None:
-        launcher = cuda_launch.PeerLauncher(group, True, 0.2)
+        launcher = cuda_launch.PeerLauncher(group, True, 0.2, names=(3, 4, 5))
         if group.rank == 2:
             return
+        me = 3 + group.rank
         with pytest.raises(CommTimeout, match="launching a kernel") as caught:
             run_kernel(launcher)
-        assert caught.value.peers == (2,)
+        assert (caught.value.rank, caught.value.peers) == (me, (5,))
         start = time.monotonic()
-        said = (
-            rf"earlier call .* failed: rank {group.rank} gave up waiting for rank\(s\) 2\. Destroy"
-        )
+        said = rf"earlier call .* failed: rank {me} gave up waiting for rank\(s\) 5\. Destroy"
         for _ in range(2):
             with pytest.raises(TransportError, match=said):
                 run_kernel(launcher)
@@ -104,7 +103,7 @@ def test_a_rank_that_does_not_come_fails_the_others(launches: Launches) -> None:
 
 def test_kernels_that_mask_ranks_go_on_without(launches: Launches) -> None:
     def fn(group: Group) -> None:
-        launcher = cuda_launch.PeerLauncher(group, True, 0.2)
+        launcher = cuda_launch.PeerLauncher(group, True, 0.2, range(group.size))
         if group.rank == 2:
             return
         for number in range(3):
@@ -120,7 +119,7 @@ def test_kernels_that_mask_ranks_go_on_without(launches: Launches) -> None:
 
 def test_a_masked_rank_comes_back(launches: Launches) -> None:
     def fn(group: Group) -> None:
-        launcher = cuda_launch.PeerLauncher(group, True, 5.0)
+        launcher = cuda_launch.PeerLauncher(group, True, 5.0, range(group.size))
         start = time.monotonic()
         for is_masked in (False, True, False):
             if group.rank != 1:
@@ -139,7 +138,7 @@ def test_a_rank_that_was_late_is_in_step_again(launches: Launches) -> None:
     """It was masked by those that waited in vain, and they by it; then all unmask each other."""
 
     def fn(group: Group) -> None:
-        launcher = cuda_launch.PeerLauncher(group, True, 0.3)
+        launcher = cuda_launch.PeerLauncher(group, True, 0.3, range(group.size))
         if group.rank == 1:
             time.sleep(0.6)
         run_kernel(launcher, can_mask=True)
@@ -159,7 +158,7 @@ def test_a_rank_that_was_late_is_in_step_again(launches: Launches) -> None:
 
 def test_a_rank_that_raises_ends_the_others_waits(launches: Launches) -> None:
     def fn(group: Group) -> None:
-        launcher = cuda_launch.PeerLauncher(group, True, 30.0)
+        launcher = cuda_launch.PeerLauncher(group, True, 30.0, range(group.size))
         if group.rank == 0:
             raise ValueError("rank 0 cannot")
         run_kernel(launcher)

@@ -131,7 +131,7 @@ class _Rank:
             record=self.record,
             timeout_s=timeout_s,
             can_mask=can_mask,
-            launcher=cuda_launch.PeerLauncher(group, False, timeout_s),
+            launcher=cuda_launch.PeerLauncher(group, False, timeout_s, range(group.size)),
             stream=lambda: stream,
             is_capturing=lambda: self.is_capturing,
             before_growth=self.check,

@@ -121,7 +121,16 @@ def test_a_growth_that_fails_changes_nothing(runtime: FakeRuntime) -> None:
     from epcomm.engines.cuda_room import Room
 
     def fn(group: Group) -> None:
-        room = Room(group, 0, 0, state=1, record=2, timeout_s=10.0, names=range(2))
+        room = Room(
+            *(group, 0, 0),
+            state=1,
+            record=2,
+            timeout_s=10.0,
+            names=range(2),
+            is_capturing=lambda: False,
+            agree=lambda header: pytest.fail("no header is compared"),
+            settle=lambda: None,
+        )
         before = room.areas, room.slabs, room.call
         needed = areas_for(group.size, 8192, 14336, 0)
         with pytest.raises(TransportError, match="no room for a GPU slab"):
@@ -129,7 +138,8 @@ def test_a_growth_that_fails_changes_nothing(runtime: FakeRuntime) -> None:
         assert (room.areas, room.slabs, room.call) == before
         assert not room.areas.has_room_for(needed)
         small = areas_for(group.size, 64, 4096, 0)
-        room.grow(small)
+        assert room.grow(small)
+        assert not room.grow(small)
         assert room.areas.has_room_for(small)
         assert room.slabs.num_bytes == room.areas.num_bytes
         assert room.call != before[2]
