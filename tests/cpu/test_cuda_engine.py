@@ -136,7 +136,7 @@ def test_ranks_are_named_as_in_the_whole_group(engine: Any) -> None:
 def test_a_wait_that_a_peer_ended_is_told_as_no_wait_of_this_rank(engine: Any) -> None:
     engine._names = (4, 6)
     record = engine._record
-    record["failure"], record["phase"], record["peer"] = PEER_GAVE_UP, 5, 1
+    record["failure"], record["phase"], record["peer"] = PEER_GAVE_UP, 4, 1
     with pytest.raises(CommTimeout) as caught:
         engine._raise_failures()
     error = caught.value
