@@ -355,7 +355,8 @@ class Buffer(LowLatencyCalls):
             ``recv_x`` of the form of x, ``[M, hidden]`` (and scales ``[M, num_scales]``);
             ``recv_topk_idx [M, num_topk]`` local expert ids, -1 where the expert is elsewhere;
             ``recv_topk_weights [M, num_topk] f32``, 0.0 there; tokens for each local expert as a
-            list; the handle; the event. With a handle the middle four are None.
+            list; the handle; the event. With a handle the middle four are None. Arrays are the
+            caller's; on GPUs they may be the first rows of somewhat larger memory.
 
         Raises:
             InvalidArgument: An argument is wrong; nothing was sent.

@@ -14,10 +14,11 @@
 // every peer; fetching begins with the first unit, and the work list has rows in the order in which
 // units are staged.
 //
-// It may be launched before the host knows how many rows arrive, with outputs as large as the host
-// expects. Where more arrive, this rank only stages, so that no peer waits for it, and a second
-// launch fetches: it resumes the same call, whose number only moves on when the rows have arrived.
-// Where a stage is too small, which all ranks see alike, nothing happens on any.
+// It may be launched ahead, before the host knows how many rows arrive, with outputs as large as
+// the host expects. Where more arrive, this rank only stages, so that no peer waits for it, and a
+// second launch fetches: it resumes the same call, whose number only moves on when the rows have
+// arrived. Where a stage is too small, which is so on all ranks, a launch ahead does nothing; hosts
+// make slabs larger and launch anew.
 //
 // Ordering:
 //   staged rows of a unit -> barrier of the stage warps -> release of the unit's flag at each peer
@@ -31,6 +32,12 @@
 
 namespace epcomm {
 
+enum Launch : u32 {
+  kWhole,    // the outputs have room for all rows, and stages too
+  kAhead,    // that is not known yet
+  kResumes,  // after kAhead, where only the outputs had no room
+};
+
 struct DispatchParams {
   comm::Call call;
   const u8* rows;
@@ -42,7 +49,7 @@ struct DispatchParams {
   void* recv_topk_idx;
   u32* recv_topk_weights;
   u32 num_out_rows;  // that the outputs have room for
-  u32 resumes;       // rows are staged already
+  u32 launch;        // a Launch
   const i32* positions;
   const comm::WorkItem* work;
   const comm::RouteSummary* summary;
@@ -148,18 +155,18 @@ __device__ inline void copy_row(const u8* source, u8* to, u8* also_to, u32 num_b
 
 // --- staging -----------------------------------------------------------------------------------
 
-// Whether rows are staged, and whether they are received.
-struct Part {
+// What a launch does: whether it stages, and whether it writes outputs.
+struct Steps {
   bool stages;
   bool receives;
 };
 
-__device__ inline void stage_row(const DispatchParams& params, Part part, u32 token, u8* stage) {
+__device__ inline void stage_row(const DispatchParams& params, Steps steps, u32 token, u8* stage) {
   const Side side(params);
   const Destinations to = destinations_of(params, token);
   u8* staged =
-      part.stages && to.has_remote ? stage + u64(token) * params.staged_row_bytes : nullptr;
-  u8* own = part.receives && to.own_position >= 0
+      steps.stages && to.has_remote ? stage + u64(token) * params.staged_row_bytes : nullptr;
+  u8* own = steps.receives && to.own_position >= 0
                 ? params.recv_rows + u64(to.own_position) * params.row_bytes
                 : nullptr;
   if (staged == nullptr && own == nullptr) return;
@@ -176,14 +183,14 @@ __device__ inline void stage_row(const DispatchParams& params, Part part, u32 to
 }
 
 // Stages this block's units, lowest tokens first. By all stage warps.
-__device__ inline void stage_units(const DispatchParams& params, Part part, u32 warp, u32 epoch) {
+__device__ inline void stage_units(const DispatchParams& params, Steps steps, u32 warp, u32 epoch) {
   const comm::Call& call = params.call;
   u8* stage = slab::stage(call.slabs, call.rank, epoch);
   const u32 num_units = ceil_div(params.num_tokens, kNumStageWarps);
   for (u32 unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
     const u32 token = unit * kNumStageWarps + warp;
-    if (token < params.num_tokens) stage_row(params, part, token, stage);
-    if (!part.stages) continue;
+    if (token < params.num_tokens) stage_row(params, steps, token, stage);
+    if (!steps.stages) continue;
     ptx::barrier_sync(comm::kStageBarrier, kNumStageWarps * kWarpSize);
     // Another warp for each unit: raising flags takes as long as the unit's writes are on their
     // way.
@@ -325,20 +332,22 @@ extern "C" __global__ void __launch_bounds__(kMaxDispatchThreads, 1)
   extern __shared__ __align__(128) u8 shared_memory[];
   const comm::Call& call = params.call;
   const u32 epoch = comm::begin(call);
-  const comm::RouteSummary& summary = *params.summary;
-  // A failed route leaves nothing to go by; every rank's route failed alike.
-  const bool is_valid = summary.is_valid != 0;
+  const comm::RouteSummary summary = *params.summary;
+  const bool is_ahead = params.launch == kAhead;
   const bool fits = u64(summary.max_tokens) * params.staged_row_bytes <= call.slabs.stage_bytes;
-  const Part part = {params.resumes == 0, summary.num_recv <= params.num_out_rows};
-  if (!comm::may_begin(call) || !is_valid || !fits) return;
-  if (blockIdx.x == 0 && part.stages) comm::post_arrival(call, epoch);
+  const Steps steps = {params.launch != kResumes,
+                       !is_ahead || summary.num_recv <= params.num_out_rows};
+  // A failed route leaves nothing to go by; every rank's route failed alike.
+  const bool is_good = summary.is_valid != 0 && (fits || !is_ahead);
+  if (!comm::may_begin(call) || !is_good) return;
+  if (blockIdx.x == 0 && steps.stages) comm::post_arrival(call, epoch);
   if (params.num_worst_tokens > 0) fill_tail(params);
   const u32 num_fetch_warps = blockDim.x / kWarpSize - kNumStageWarps;
   if (warp_index() >= num_fetch_warps) {
-    stage_units(params, part, warp_index() - num_fetch_warps, epoch);
-  } else if (part.receives &&
+    stage_units(params, steps, warp_index() - num_fetch_warps, epoch);
+  } else if (steps.receives &&
              comm::wait_arrival(call, comm::kArrival, epoch, num_fetch_warps * kWarpSize)) {
     fetch_rows(params, warp_index(), num_fetch_warps, epoch, shared_memory);
   }
-  comm::finish(call, part.receives ? epoch : epoch - 1);
+  comm::finish(call, steps.receives ? epoch : epoch - 1);
 }

@@ -11,8 +11,7 @@
 //
 // Ordering, once for all that ranks tell each other:
 //   tokens, header and expert counts for receiver d -> release of my count cells (block d)
-//   acquire of all count cells of d and me -> first positions, source d's list; compared headers
-//   (block me)
+//   acquire of all count cells -> first positions, source d's list; compared headers (block me)
 // All of that has two halves: see comm/call.cuh for why a half is free when it is written.
 #include "comm/call.cuh"
 #include "comm/choices.cuh"
@@ -124,7 +123,7 @@ class Span {
     __syncthreads();
   }
 
-  __device__ __forceinline__ static u32 size() { return blockDim.x * kWarpSize; }
+  __device__ __forceinline__ static u32 size() { return blockDim.x * kTurns; }
 
   // Tokens of the span that go.
   __device__ __forceinline__ u32 total() const { return total_; }
@@ -141,7 +140,8 @@ class Span {
   }
 
  private:
-  static constexpr u32 kTurns = 32;
+  static constexpr u32 kTurns = 32;  // bits of kept_
+  static_assert(kTurns == kWarpSize, "a thread has one group of the scan");
 
   __device__ __forceinline__ u32 group_of(u32 turn) const {
     return turn * (blockDim.x / kWarpSize) + warp_index();

@@ -1,8 +1,8 @@
 """The cuda engine: ranks of one node move rows over NVLink with the kernels of cuda_src.
 
-The host decides and launches; it waits only for the number of arriving rows, so that outputs can
-be allocated, and not even for that where the caller fixes the number (``num_worst_tokens``) or
-the routes are known (a handle).
+The host decides and launches; it waits only for the number of arriving rows, to return arrays of so
+many, and not even for that where the caller fixes the number (``num_worst_tokens``) or the routes
+are known (a handle). The GPU waits for the host only where nothing tells how large outputs must be.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from epcomm.engines.call_streams import CallStreams
 from epcomm.engines.cuda_combine import combine_header, combine_params, make_sums, sum_form_of
 from epcomm.engines.cuda_dispatch import (
     Form,
+    Launch,
     Move,
     Outputs,
     RowForecast,
@@ -356,24 +357,35 @@ class CudaEngine:
         Returns:
             The outputs, how many rows arrive, and the most tokens of any rank.
         """
-        # Ranks that are threads meet around launches, so all have to make the same ones.
-        num_ahead = 0 if self._room.slabs.are_threads else self._forecast.num_rows(request)
-        ahead = make_outputs(request, num_ahead) if num_ahead else None
-        if ahead is not None:
-            self._move(move, header, ahead)
         # Kept here as well, for where the call fails while the kernel runs.
-        self._ahead = ahead
+        self._ahead = ahead = self._make_outputs_ahead(request)
+        if ahead is not None:
+            self._move(move, header, ahead, Launch.AHEAD)
         num_recv, max_tokens = self._wait_counts(ticket)
-        if self._room.grow(self._room.needs(max_tokens, move.form.staged, 0)):
-            ahead = None  # dispatch.cu has seen that, and done nothing
-        self._ahead = None
         self._forecast.note(request, num_recv)
-        if ahead is not None and num_recv <= num_ahead:
-            outputs = ahead.leading(num_recv)
-        else:
-            outputs = make_outputs(request, num_recv)
-            self._move(move, header, outputs, resumes=ahead is not None)
+        launch = Launch.WHOLE if ahead is None else Launch.RESUMES
+        if self._room.grow(self._room.needs(max_tokens, move.form.staged, 0)):
+            launch = Launch.WHOLE  # dispatch.cu has seen that, and done nothing
+        elif ahead is not None and num_recv <= ahead.data.shape[0]:
+            self._ahead = None
+            return ahead.leading(num_recv), num_recv, max_tokens
+        self._ahead = ahead = None  # dispatch.cu has written nothing there, and will not
+        outputs = make_outputs(request, num_recv)
+        self._move(move, header, outputs, launch)
         return outputs, num_recv, max_tokens
+
+    def _make_outputs_ahead(self, request: DispatchRequest) -> Outputs | None:
+        """Make outputs for as many rows as are forecast; None where nothing is, or in vain."""
+        # Ranks that are threads meet around launches, so all have to make the same ones.
+        if request.into is not None or self._room.slabs.are_threads:
+            return None
+        num_rows = self._forecast.num_rows(request)
+        if num_rows == 0:
+            return None
+        try:
+            return make_outputs(request, num_rows)
+        except Exception:  # no memory, in the words of any framework; it may do for fewer rows
+            return None
 
     def _check_dispatch(self, request: DispatchRequest) -> int:
         """Raise what one rank can see alone; return the blocks to launch."""
@@ -475,13 +487,15 @@ class CudaEngine:
         rounded: list[int] = (-(-pairs.astype(np.int64) // multiple) * multiple).tolist()
         return rounded
 
-    def _move(self, move: Move, header: bytes, outputs: Outputs, resumes: bool = False) -> None:
-        """Launch dispatch.cu; with ``resumes`` after one whose outputs were too small."""
+    def _move(
+        self, move: Move, header: bytes, outputs: Outputs, launch: Launch = Launch.WHOLE
+    ) -> None:
+        """Launch dispatch.cu."""
         self._launch(
             move.form.spec,
             num_blocks=move.num_blocks,
             num_threads=move.form.num_threads,
-            params=move.params(self._room.call, header, outputs, resumes),
+            params=move.params(self._room.call, header, outputs, launch),
             shared_bytes=move.form.shared_bytes,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -159,31 +160,44 @@ def make_outputs(request: DispatchRequest, num_rows: int) -> Outputs:
     return Outputs(recv, recv_scales, recv_topk)
 
 
-class RowForecast:
-    """How many rows will arrive, going by the last dispatch of as many tokens and experts.
+class Launch(Enum):
+    """What a launch of dispatch.cu knows: see the enum there."""
 
-    Training and prefill repeat their shapes, and from call to call routes differ by little.
+    WHOLE = 0
+    AHEAD = 1
+    RESUMES = 2
+
+
+class RowForecast:
+    """How many rows will arrive, going by the last two dispatches of as many tokens and experts.
+
+    Training and prefill repeat their shapes, and from call to call counts differ by little. Where
+    they do not there is no forecast: callers keep arrays, and with them all of the memory.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[int, int] = (0, 0)
-        self._num_rows = 0
+        self._shape = (0, 0)
+        self._counts: tuple[int, ...] = ()
 
     def num_rows(self, request: DispatchRequest) -> int:
         """Return for how many rows to make outputs; 0 where that is not known."""
-        if request.into is not None or self._last != _shape_of(request):
+        if self._shape != _shape_of(request) or len(self._counts) < 2:
             return 0
-        return self._num_rows
+        least, most = sorted(self._counts)
+        return most + most // 8 if most <= 2 * least else 0
 
     def note(self, request: DispatchRequest, num_recv: int) -> None:
         """Take note of how many rows arrived."""
-        self._last = _shape_of(request)
-        self._num_rows = num_recv + num_recv // 8
+        shape = _shape_of(request)
+        before = self._counts[-1:] if shape == self._shape else ()
+        self._shape, self._counts = shape, (*before, num_recv)
 
 
 def _shape_of(request: DispatchRequest) -> tuple[int, int]:
     layout = request.layout
-    num_experts = layout.num_tokens_per_expert.shape[0] if layout else request.num_experts
+    num_experts = request.num_experts
+    if layout is not None:
+        num_experts = layout.num_tokens_per_expert.shape[0]
     return request.data.shape[0], num_experts
 
 
@@ -203,7 +217,7 @@ class Move(NamedTuple):
     rest: bytes
 
     def params(
-        self, call: bytes, header: bytes, outputs: Outputs, resumes: bool
+        self, call: bytes, header: bytes, outputs: Outputs, launch: Launch
     ) -> npt.NDArray[np.void]:
         """Return the kernel's argument.
 
@@ -211,7 +225,7 @@ class Move(NamedTuple):
             call: CALL as bytes.
             header: The header as bytes.
             outputs: Where it writes.
-            resumes: Whether rows are staged already.
+            launch: What the launch knows.
         """
         scales_out = idx_out = weights_out = 0
         if outputs.scales is not None:
@@ -220,7 +234,7 @@ class Move(NamedTuple):
             idx_out, weights_out = outputs.topk.idx.ptr, outputs.topk.weights.ptr
         packed = cuda_params.DISPATCH_OUTPUTS.pack(
             *(outputs.data.ptr, scales_out, idx_out, weights_out),
-            *(outputs.data.shape[0], resumes),
+            *(outputs.data.shape[0], launch.value),
         )
         return cuda_params.join(call, header, self.sources, packed, self.rest)
 

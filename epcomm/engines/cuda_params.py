@@ -134,7 +134,7 @@ DISPATCH = np.dtype(
         ("recv_topk_idx", _PTR),
         ("recv_topk_weights", _PTR),
         ("num_out_rows", np.uint32),
-        ("resumes", np.uint32),
+        ("launch", np.uint32),
         ("positions", _PTR),
         ("work", _PTR),
         ("summary", _PTR),

@@ -142,9 +142,10 @@ class Room:
         """Return the error of a call that needs more and cannot wait for slabs to grow."""
         num_bytes = self.areas.merged_with(needed).num_bytes
         return InvalidArgument(
-            f"the slab has {self.areas.num_bytes} bytes, too few for this call, and with "
-            "num_worst_tokens it cannot grow: nothing waits for the host. Pass num_nvl_bytes="
-            f"{num_bytes} or more, see Config.get_nvl_buffer_size_hint. Nothing was sent."
+            f"the slab has {self.areas.num_bytes} bytes, too few for this call, and it cannot grow "
+            "in a graph or with num_worst_tokens, where nothing waits for the host. Pass "
+            f"num_nvl_bytes={num_bytes} or more, see Config.get_nvl_buffer_size_hint. Nothing was "
+            "sent."
         )
 
     def check_tokens(self, num_tokens: int, staged_row_bytes: int) -> None:

@@ -495,6 +495,21 @@ def test_torch_turned_output(torch: ModuleType) -> None:
     np.testing.assert_array_equal(tensor.numpy(), made.numpy().transpose(0, 2, 1))
 
 
+@pytest.mark.parametrize(("first", "num_rows"), [(0, 3), (0, 0), (1, 2)])
+def test_torch_rows_of_an_output(torch: ModuleType, first: int, num_rows: int) -> None:
+    """They are a tensor of their own, which torch lets callers write in place anywhere."""
+    framework = framework_of(torch.zeros(1), "x")
+    made = empty(framework, (4, 3), np.dtype(np.float32))
+    made.numpy()[...] = np.arange(12).reshape(4, 3)
+    rows = made._replace(ptr=made.ptr + first * made.strides[0], shape=(num_rows, 3))
+    tensor = framework.finish(rows)
+    np.testing.assert_array_equal(tensor.numpy(), made.numpy()[first : first + num_rows])
+    assert tensor.is_contiguous()
+    assert not tensor._is_view()
+    del made, rows
+    tensor += 1
+
+
 def test_torch_empty_shapes(torch: ModuleType) -> None:
     framework = framework_of(torch.zeros(1), "x")
     for shape in ((0, 4), (3, 0), (0,)):

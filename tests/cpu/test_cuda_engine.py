@@ -14,6 +14,7 @@ from epcomm.arrays import empty_aligned, view_numpy
 from epcomm.cuda_layout import MAX_LOCAL_EXPERTS
 from epcomm.engines import cuda_failures, cuda_params
 from epcomm.engines.base import CombineRequest, DispatchInto, DispatchRequest, LayoutViews, TopK
+from epcomm.engines.cuda_dispatch import Launch
 from epcomm.errors import CommTimeout, InvalidArgument, RankMismatch, TransportError
 from epcomm.handle import DispatchHandle
 
@@ -277,64 +278,96 @@ class Counted:
     """A rank whose dispatches launch nothing.
 
     Attributes:
-        launches: Rows of the outputs of each launch, and whether it resumed one.
+        launches: Rows of the outputs of each launch, and what it knew.
         num_recv: Rows that arrive in the next call.
-        grows: Whether slabs have to grow for it.
+        most_rows: Rows that there is memory for.
+        grows: Whether slabs have to grow.
     """
 
     def __init__(self, engine: Any) -> None:
-        self.engine, self.launches = engine, list[tuple[int, bool]]()
-        self.num_recv, self.grows = 0, False
+        self.engine, self.launches = engine, list[tuple[int, str]]()
+        self.num_recv, self.most_rows, self.grows = 0, 1000, False
         engine._move = self._launch
         engine._wait_counts = lambda ticket: (self.num_recv, 4)
         engine._room.grow = lambda needed: self.grows
 
-    def _launch(self, move: Any, header: bytes, outputs: Any, resumes: bool = False) -> None:
-        self.launches.append((outputs.data.shape[0], resumes))
+    def _launch(
+        self, move: Any, header: bytes, outputs: Any, launch: Launch = Launch.WHOLE
+    ) -> None:
+        self.launches.append((outputs.data.shape[0], launch.name))
 
-    def dispatch(self, num_recv: int, **options: Any) -> tuple[Any, list[tuple[int, bool]]]:
+    def dispatch(self, num_recv: int, **options: Any) -> tuple[Any, list[tuple[int, str]]]:
         """Return the outputs, and the launches that it took."""
         self.num_recv, self.launches = num_recv, []
-        request = make_request(**options)._replace(
-            allocate=lambda shape, dtype: view_numpy(np.zeros(shape, dtype))
-        )
+
+        def allocate(shape: tuple[int, ...], dtype: Any) -> Any:
+            if shape[0] > self.most_rows:
+                raise MemoryError
+            return view_numpy(np.zeros(shape, dtype))
+
+        request = make_request(**options)._replace(allocate=allocate)
         move = SimpleNamespace(form=SimpleNamespace(staged=256))
         outputs, told, max_tokens = self.engine._move_counted(request, move, b"", 1)
         assert (told, max_tokens) == (num_recv, 4)
         return outputs, self.launches
 
 
-def test_a_dispatch_like_the_last_one_is_launched_before_its_counts_are_known(engine: Any) -> None:
+def test_a_dispatch_like_the_last_ones_is_launched_before_its_counts_are_known(
+    engine: Any,
+) -> None:
     rank = Counted(engine)
-    assert rank.dispatch(16)[1] == [(16, False)]  # nothing to go by
-    outputs, launches = rank.dispatch(17)
-    assert launches == [(18, False)]
-    assert outputs.data.shape == (17, 64)
-    assert [part.shape for part in outputs.topk] == [(17, 3), (17, 3)]
-    assert rank.dispatch(80)[1] == [(19, False), (80, True)]  # too many: it is resumed
-    assert rank.dispatch(0)[1] == [(90, False)]
-    assert rank.dispatch(5)[1] == [(5, False)]  # nothing arrived last time
-    assert rank.dispatch(5, num_experts=16)[1] == [(5, False)]  # another shape
+    for num_recv in (16, 17):  # nothing to go by
+        assert rank.dispatch(num_recv)[1] == [(num_recv, "WHOLE")]
+    outputs, launches = rank.dispatch(15)
+    assert launches == [(19, "AHEAD")]
+    assert outputs.data.shape == (15, 64)
+    assert [part.shape for part in outputs.topk] == [(15, 3), (15, 3)]
+    assert rank.dispatch(20)[1] == [(19, "AHEAD"), (20, "RESUMES")]
+    assert rank.dispatch(0)[1] == [(22, "AHEAD")]
     assert engine._ahead is None
+
+
+def test_counts_that_vary_are_waited_for(engine: Any) -> None:
+    """Callers may keep what they get, and all of its memory with it."""
+    rank = Counted(engine)
+    for num_recv in (40, 19, 40, 0, 0, 0):
+        assert rank.dispatch(num_recv)[1] == [(num_recv, "WHOLE")]
+
+
+def test_each_shape_has_a_forecast_of_its_own(engine: Any) -> None:
+    rank = Counted(engine)
+    for num_experts in (8, 8, 16, 16, 8):
+        launches = rank.dispatch(16, num_experts=num_experts)[1]
+        assert launches == [(16, "WHOLE")]
 
 
 def test_a_dispatch_that_finds_its_slab_too_small_is_launched_anew(engine: Any) -> None:
     rank = Counted(engine)
     rank.dispatch(16)
+    rank.dispatch(16)
     rank.grows = True
-    assert rank.dispatch(17)[1] == [(18, False), (17, False)]
+    assert rank.dispatch(17)[1] == [(18, "AHEAD"), (17, "WHOLE")]
+
+
+def test_memory_that_is_short_of_the_forecast_may_do(engine: Any) -> None:
+    rank = Counted(engine)
+    rank.dispatch(16)
+    rank.dispatch(16)
+    rank.most_rows = 16
+    assert rank.dispatch(16)[1] == [(16, "WHOLE")]
 
 
 def test_threads_launch_alike(engine: Any) -> None:
     """They meet around launches; forecasts may differ."""
     engine._room.slabs.are_threads = True
     rank = Counted(engine)
-    for _ in range(2):
-        assert rank.dispatch(16)[1] == [(16, False)]
+    for _ in range(3):
+        assert rank.dispatch(16)[1] == [(16, "WHOLE")]
 
 
 def test_outputs_live_on_where_a_dispatch_fails_while_it_runs(engine: Any) -> None:
     rank = Counted(engine)
+    rank.dispatch(16)
     rank.dispatch(16)
 
     def fail(ticket: int) -> None:

@@ -34,6 +34,7 @@ from emulator.world import Handle, Rank, World
 from ranks import oracle
 
 from epcomm.cuda_layout import AGREED
+from epcomm.engines.cuda_dispatch import Launch
 from epcomm.jit.kernels import KernelSpec
 from epcomm.jit.sources import source_dir
 
@@ -254,7 +255,8 @@ def test_a_stage_that_is_too_small_stops_a_dispatch_before_it_begins(
 
     def too_long(rank: Rank) -> None:
         handle = route(rank, inputs[rank.rank].topk_idx)
-        got = rank.dispatch(handle, np.zeros((len(handle.positions), rows), np.uint8))
+        long_rows = np.zeros((len(handle.positions), rows), np.uint8)
+        got = rank.dispatch(handle, long_rows, launch=Launch.AHEAD)
         check_untouched(rank, got)
 
     world.run(too_long)
@@ -273,12 +275,12 @@ def test_no_peer_waits_for_a_rank_whose_outputs_are_too_small(
         rows = inputs[rank.rank].rows
         handle = route(rank, inputs[rank.rank].topk_idx)
         if rank.rank == 0:
-            rank.dispatch(handle, rows, num_out=0)
+            rank.dispatch(handle, rows, num_out=0, launch=Launch.AHEAD)
         else:
             rank.dispatch(handle, rows)
         others_are_done.wait(60)
         if rank.rank == 0:
-            got = rank.dispatch(handle, rows, resumes=True)
+            got = rank.dispatch(handle, rows, launch=Launch.RESUMES)
             origins = oracle.arrivals([one.topk_idx for one in inputs], _CASE.num_experts, 0)
             want = oracle.pick([one.rows for one in inputs], origins)
             np.testing.assert_array_equal(got.rows, want)

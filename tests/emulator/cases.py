@@ -15,6 +15,7 @@ from emulator.build import Toolchain
 from emulator.world import Array, Further, Grid, Rank, Received, Sizes, World, staged_bytes
 from epcomm import cuda_layout
 from epcomm.engines import cuda_tuning
+from epcomm.engines.cuda_dispatch import Launch
 from epcomm.jit import kernels
 
 DTYPES = {
@@ -302,10 +303,10 @@ def run_round(case: Case, inputs: Sequence[Inputs], rank: Rank) -> None:
     if num_worst or forecast is None or forecast < 0:
         received = move()
     elif forecast < len(origins):
-        check_untouched(rank, move(num_out=forecast))
-        received = move(resumes=True)
+        check_untouched(rank, move(num_out=forecast, launch=Launch.AHEAD))
+        received = move(launch=Launch.RESUMES)
     else:
-        received = move(num_out=forecast)
+        received = move(num_out=forecast, launch=Launch.AHEAD)
         check_untouched(rank, received, len(origins))
         received = received.leading(len(origins))
     check_received(case, rank, received, inputs, origins)

@@ -227,14 +227,14 @@ FAULTS = (
     Fault(
         "dispatch: own rows are written though outputs are too small",
         _DISPATCH,
-        "part.receives && to.own_position >= 0",
+        "steps.receives && to.own_position >= 0",
         "to.own_position >= 0",
         "two ranks",
     ),
     Fault(
         "dispatch: a call whose rows have not arrived counts as done",
         _DISPATCH,
-        "comm::finish(call, part.receives ? epoch : epoch - 1);",
+        "comm::finish(call, steps.receives ? epoch : epoch - 1);",
         "comm::finish(call, epoch);",
         "two ranks",
     ),

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from emulator.build import Toolchain, pointer
 from epcomm import cuda_layout
 from epcomm.engines import cuda_params
+from epcomm.engines.cuda_dispatch import Launch
 from epcomm.engines.cuda_tuning import ring_bytes
 from epcomm.jit import kernels
 
@@ -432,7 +433,7 @@ class Rank:
         topk_weights: Array | None = None,
         num_worst_tokens: int = 0,
         num_out: int | None = None,
-        resumes: bool = False,
+        launch: Launch = Launch.WHOLE,
         header: dict[str, int] | None = None,
     ) -> Received:
         """Move rows ``[num_tokens, row_bytes] u8`` and what travels with them.
@@ -445,7 +446,7 @@ class Rank:
             topk_weights: Their weights.
             num_worst_tokens: As given to `route`.
             num_out: Rows of the outputs; as many as arrive where None.
-            resumes: Whether this follows a launch whose outputs were too small.
+            launch: What the host knows.
             header: Values of the header that are not zero.
         """
         num_tokens, row_bytes = rows.shape
@@ -483,7 +484,7 @@ class Rank:
         params["recv_topk_idx"] = pointer(received.topk_idx)
         params["recv_topk_weights"] = pointer(received.topk_weights)
         params["num_out_rows"] = num_out
-        params["resumes"] = resumes
+        params["launch"] = launch.value
         for name in ("positions", "work", "summary"):
             params[name] = pointer(getattr(handle, name))
         num_local = handle.num_experts // self.num_ranks

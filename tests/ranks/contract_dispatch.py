@@ -119,12 +119,13 @@ CASES = (
     Case("special-values", (48,), 64, 4, 2, "some", is_special=True, num_rounds=6),
     Case("special-values-f32", (24,), 64, 4, 2, "uniform", F32, is_special=True),
     Case("special-values-f16", (24,), 64, 4, 2, "uniform", F16, is_special=True),
-    # Engines may go by what arrived in the last call of as many tokens: far fewer, far more, none,
-    # and then rows that are longer than any before.
+    # Engines may go by what arrived in the last calls of as many tokens: then it is far fewer, far
+    # more, or none; or as many, of rows that are longer than any before.
     Case("arrivals-vary", (40,), 64, 2, 3, "a_rank_each", num_rounds=8),
     Case(
         "arrivals-vary-in-pairs", (40,), 64, 2, 3, "a_rank_each", E4M3, I32, Scales(3, F32, "gaps")
     ),
+    Case("arrivals-stay", (40,), 64, 2, 3, "uniform", num_rounds=4),
     Case("longer-rows-than-before", (40,), 16384, 2, 3, "uniform", F32, num_rounds=1),
 )
 
