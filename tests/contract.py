@@ -44,9 +44,53 @@ def run_as_threads(program: str, num_ranks: int, frame: str = "numpy") -> list[s
 
 
 def run_under_mpi(
-    mpiexec: Callable[..., Result], program: str, num_ranks: int, frame: str = "numpy"
+    mpiexec: Callable[..., Result],
+    program: str,
+    num_ranks: int,
+    frame: str = "numpy",
+    *,
+    programs: tuple[str, ...] = PROGRAMS,
+    ranks_per_node: int = 0,
 ) -> list[str]:
-    """Return each rank's digest of all outputs."""
-    result = mpiexec(program, num_ranks, "--frame", frame)
-    digests = dict(re.findall(r"EPCOMM-DIGEST (\d+) (\w+)", result.stdout))
-    return [digests[str(rank)] for rank in range(num_ranks)]
+    """Return each rank's digest of all outputs.
+
+    Args:
+        mpiexec: The fixture of that name.
+        program: The program to tell of.
+        num_ranks: Ranks, and of what framework their arrays are.
+        frame: See there.
+        programs: What runs in the same start, in this order; each set of arguments once.
+        ranks_per_node: Ranks that count as a node; 0 where all are one.
+
+    Raises:
+        AssertionError: The program did not pass on every rank, or all did and the launch failed.
+    """
+    launch, told = _launch(mpiexec, num_ranks, frame, programs, ranks_per_node)
+    found = dict(re.findall(rf"EPCOMM-DIGEST {program} (\d+) (\w+)", told))
+    passed = {name for name in programs if told.count(f"EPCOMM-DIGEST {name} ") == num_ranks}
+    if program not in passed or (launch is None and passed == set(programs)):
+        raise AssertionError(told)
+    return [found[str(rank)] for rank in range(num_ranks)]
+
+
+@cache
+def _launch(
+    mpiexec: Callable[..., Result],
+    num_ranks: int,
+    frame: str,
+    programs: tuple[str, ...],
+    ranks_per_node: int,
+) -> tuple[Result | None, str]:
+    """Run programs in one start; return the result, None where it failed, and what was printed."""
+    env = {"EPCOMM_RANKS_PER_NODE": str(ranks_per_node)} if ranks_per_node else None
+    arguments = ("contract_programs", num_ranks, "--frame", frame, *programs)
+    try:
+        result = mpiexec(*arguments, env=env, timeout_s=240.0)
+    except AssertionError as error:
+        return None, str(error)
+    return result, result.stdout
+
+
+def on_ranks(num_ranks: int) -> pytest.MarkDecorator:
+    """Mark tests that share launches, and expected data, with others on as many ranks."""
+    return pytest.mark.xdist_group(f"contract-{num_ranks}")

@@ -320,13 +320,16 @@ def _mpi_shm_files() -> set[Path]:
 
 
 def _remove_unused(files: set[Path]) -> None:
-    """Remove the files that no process has mapped: a small /dev/shm would fill up."""
+    """Remove the files that no process has open or mapped: a small /dev/shm would fill up."""
     used = set()
+    # NOTE: descriptors first. A launch beside this one opens, maps and closes its own files.
+    for path in Path("/proc").glob("[0-9]*/fd/*") if files else ():
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            used.add(os.readlink(path))
     for path in Path("/proc").glob("[0-9]*/maps") if files else ():
-        try:
-            used.update(line.split(maxsplit=5)[-1] for line in path.read_text().splitlines())
-        except OSError:  # ended meanwhile, or another user's
-            continue
+        with contextlib.suppress(OSError):
+            lines = path.read_text().splitlines()
+            used.update(line.split(maxsplit=5)[-1] for line in lines)
     for file in files:
         if str(file) not in used:
             file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Kernels are kept from run to run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -26,8 +27,9 @@ def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory)
         return tmp_path_factory.mktemp("emulator")
     folder = Path(pytestconfig.cache.mkdir("emulator"))
     for library in folder.glob("*.so"):
-        if time.time() - library.stat().st_mtime > KEPT_S:
-            library.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if time.time() - library.stat().st_mtime > KEPT_S:
+                library.unlink()
     return folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import contract
 import pytest
 from launch import Result
 
@@ -27,9 +28,17 @@ def between_nodes(
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), NODES)
+@pytest.mark.parametrize(
+    ("num_ranks", "ranks_per_node"),
+    [
+        pytest.param(*node, marks=pytest.mark.xdist_group(f"rails-{node[0]}-{node[1]}"))
+        for node in NODES
+    ],
+)
 def test_contract(mpiexec: Mpiexec, program: str, num_ranks: int, ranks_per_node: int) -> None:
-    between_nodes(mpiexec, program, num_ranks, ranks_per_node)
+    contract.run_under_mpi(
+        *(mpiexec, program, num_ranks), programs=PROGRAMS, ranks_per_node=ranks_per_node
+    )
 
 
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, 1), (3, 1), (4, 2), (6, 3)])
