@@ -199,7 +199,7 @@ def _plain_nans(array: Array) -> Array:
 
 def once(function: Function) -> Function:
     """Keep recent results, and let one thread make what all threads want."""
-    cached, lock = lru_cache(maxsize=512)(function), threading.RLock()
+    cached, lock = lru_cache(maxsize=2048)(function), threading.RLock()
 
     @wraps(function)
     def locked(*args: Any) -> Any:

@@ -6,7 +6,7 @@ other data every round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,6 +111,11 @@ class Inputs:
     base: Array
 
 
+def any_idx(case: Case) -> Case:
+    """Return the case to ask by for what does not depend on the dtype of the choices."""
+    return replace(case, idx_dtype=I64)
+
+
 @once
 def inputs_of(case: Case, round_: int, rank: int, num_ranks: int) -> Inputs:
     rng = rng_of(case.id, round_, rank, num_ranks)
@@ -160,7 +165,25 @@ def factor_of(case: Case, round_: int, expert: int) -> Array:
 
 def experts_result(case: Case, round_: int, expert: int, base: Array) -> Array:
     """Return what an expert makes of rows; sums of these depend on the order of the additions."""
-    return oracle.round_to(base * factor_of(case, round_, expert), BF16)
+    return oracle.round_to(base * factor_of(any_idx(case), round_, expert), BF16)
+
+
+@once
+def wanted_sums(
+    case: Case, round_: int, rank: int, num_ranks: int, skipped: frozenset[int]
+) -> Array:
+    """Return what low_latency_combine must give a rank; the same for all frameworks."""
+    mine = inputs_of(case, round_, rank, num_ranks)
+    return frozen(
+        oracle.low_latency_combine(
+            results_of_choices(case, round_, mine, case.num_local * num_ranks),
+            mine.topk_idx,
+            mine.topk_weights,
+            case.num_local,
+            case.precision == "rank",
+            skipped,
+        )
+    )
 
 
 def results_of_choices(case: Case, round_: int, inputs: Inputs, num_experts: int) -> Array:
@@ -227,7 +250,7 @@ def send(
     case: Case,
     round_: int,
     stats: Stats | None = None,
-    skipped: Container[int] = (),
+    skipped: Collection[int] = (),
     **options: Any,
 ) -> Sent:
     """Call low_latency_dispatch; without a hook all is there then."""
@@ -263,7 +286,7 @@ def receive(check: Checker, sent: Sent, stats: Stats | None = None) -> None:
     valid = [np.s_[local, :count] for local, count in enumerate(counts)]
     check.array("recv_count", sent.recv_count, np.array(counts, I32))
 
-    casts = [cast_of(case, sent.round_, rank, check.size) for rank in range(check.size)]
+    casts = [cast_of(any_idx(case), sent.round_, rank, check.size) for rank in range(check.size)]
     got = sent.recv_x if isinstance(sent.recv_x, tuple) else (sent.recv_x,)
     check.equal("arrays in recv_x", len(got), 1 if case.fp8 == "none" else 2)
     sent_parts = [[part for part in parts if part is not None] for parts in casts]
@@ -320,7 +343,7 @@ def send_back(
     buffer: Buffer,
     sent: Sent,
     stats: Stats | None = None,
-    skipped: Container[int] = (),
+    skipped: Collection[int] = (),
     *,
     has_out: bool = False,
     **options: Any,
@@ -351,14 +374,7 @@ def send_back(
     event.current_stream_wait()
     check.holds(out is None or combined is out, "combined_x", "is not the array passed as out=")
     check.equal("hook is callable", callable(hook), options.get("return_recv_hook", False))
-    want = oracle.low_latency_combine(
-        results_of_choices(case, sent.round_, mine, case.num_local * check.size),
-        mine.topk_idx,
-        mine.topk_weights,
-        case.num_local,
-        case.precision == "rank",
-        skipped,
-    )
+    want = wanted_sums(any_idx(case), sent.round_, check.rank, check.size, frozenset(skipped))
     is_written = has_out or options.get("zero_copy")
     return Combined(combined, hook, want, frame if is_written else None)
 
