@@ -1,4 +1,4 @@
-"""What all tests share: the mpiexec launcher, the gpu mark, hypothesis settings, groups."""
+"""What all tests share: the mpiexec launcher, the gpu mark, hypothesis settings."""
 
 from __future__ import annotations
 
@@ -20,28 +20,6 @@ def mpiexec() -> Callable[..., Result]:
     if find_mpiexec() is None:
         pytest.skip("no mpiexec beside this Python or on PATH: pip install mpich")
     return run_ranks
-
-
-#: Files whose tests share what is made once: compiled kernels, a built package, a network.
-_SHARING_FILES = (
-    "test_emulator",
-    "test_emulator_low_latency",
-    "test_package",
-    "test_rails_network",
-)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name the tests that pytest-xdist, where scripts/test uses it, gives to one process.
-
-    Those on GPUs, because GPUs are shared by nobody else meanwhile; and files that say so.
-    """
-    for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.xdist_group("gpu"))
-        elif item.path.stem in _SHARING_FILES:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -89,8 +89,3 @@ def _launch(
     except AssertionError as error:
         return None, str(error)
     return result, result.stdout
-
-
-def on_ranks(num_ranks: int) -> pytest.MarkDecorator:
-    """Mark tests that share launches, and expected data, with others on as many ranks."""
-    return pytest.mark.xdist_group(f"contract-{num_ranks}")

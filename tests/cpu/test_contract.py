@@ -9,12 +9,7 @@ import pytest
 from launch import Result
 
 LAUNCHES = [
-    pytest.param(
-        program,
-        num_ranks,
-        id=f"{program.removeprefix('contract_')}-{num_ranks}",
-        marks=contract.on_ranks(num_ranks),
-    )
+    pytest.param(program, num_ranks, id=f"{program.removeprefix('contract_')}-{num_ranks}")
     for program in contract.PROGRAMS
     for num_ranks in range(1, 9)
 ]
@@ -33,7 +28,6 @@ def test_under_mpi_with_the_same_bits(
     assert digests == contract.run_as_threads(program, num_ranks)
 
 
-@contract.on_ranks(3)
 def test_digests_tell_ranks_apart() -> None:
     """Equal digests mean something: other inputs give others, the same inputs the same."""
     digests = contract.run_as_threads("contract_training", 3)

@@ -14,7 +14,6 @@ from launch import Result
 from epcomm import Buffer, Group, run_threads
 
 
-@contract.on_ranks(2)
 @pytest.mark.parametrize("frame", ["torch", "jax", "jax64"])
 @pytest.mark.parametrize("program", contract.PROGRAMS)
 def test_with_two_ranks_as_threads(program: str, frame: str) -> None:
@@ -23,23 +22,19 @@ def test_with_two_ranks_as_threads(program: str, frame: str) -> None:
 
 
 @pytest.mark.parametrize("frame", ["torch", "jax"])
-@pytest.mark.parametrize(
-    "num_ranks", [pytest.param(n, marks=contract.on_ranks(n)) for n in (1, 3, 4, 5, 6, 7, 8)]
-)
+@pytest.mark.parametrize("num_ranks", [1, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("program", contract.PROGRAMS)
 def test_with_other_numbers_of_ranks(program: str, num_ranks: int, frame: str) -> None:
     contract.need(frame)
     contract.run_as_threads(program, num_ranks, frame)
 
 
-@contract.on_ranks(2)
 @pytest.mark.parametrize("program", contract.PROGRAMS)
 def test_torch_and_numpy_get_the_same_bits(program: str) -> None:
     contract.need("torch")
     assert contract.run_as_threads(program, 2, "torch") == contract.run_as_threads(program, 2)
 
 
-@contract.on_ranks(2)
 @pytest.mark.parametrize("frame", ["torch", "jax"])
 @pytest.mark.parametrize("program", contract.PROGRAMS)
 def test_under_mpi_with_the_same_bits(

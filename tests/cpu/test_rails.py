@@ -28,13 +28,7 @@ def between_nodes(
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize(
-    ("num_ranks", "ranks_per_node"),
-    [
-        pytest.param(*node, marks=pytest.mark.xdist_group(f"rails-{node[0]}-{node[1]}"))
-        for node in NODES
-    ],
-)
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), NODES)
 def test_contract(mpiexec: Mpiexec, program: str, num_ranks: int, ranks_per_node: int) -> None:
     contract.run_under_mpi(
         *(mpiexec, program, num_ranks), programs=PROGRAMS, ranks_per_node=ranks_per_node

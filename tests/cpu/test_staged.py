@@ -45,11 +45,7 @@ def host_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_ranks"),
-    [
-        pytest.param(kind, num_ranks, marks=contract.on_ranks(num_ranks))
-        for kind, num_ranks in (("torch", 1), ("torch", 2), ("torch", 3), ("cupy", 2), ("jax", 2))
-    ],
+    ("kind", "num_ranks"), [("torch", 1), ("torch", 2), ("torch", 3), ("cupy", 2), ("jax", 2)]
 )
 @pytest.mark.parametrize("program", contract.PROGRAMS)
 def test_contract_with_the_same_bits(program: str, kind: str, num_ranks: int) -> None:
