@@ -57,18 +57,18 @@ def run_under_mpi(
     Args:
         mpiexec: The fixture of that name.
         program: The program to tell of.
-        num_ranks: Ranks, and of what framework their arrays are.
-        frame: See there.
-        programs: What runs in the same start, in this order; each set of arguments once.
+        num_ranks: Ranks to start.
+        frame: The kind of arrays, one of `frames.FRAMES`.
+        programs: All that run in the same start, in this order; they start once for all of them.
         ranks_per_node: Ranks that count as a node; 0 where all are one.
 
     Raises:
         AssertionError: The program did not pass on every rank, or all did and the launch failed.
     """
-    launch, told = _launch(mpiexec, num_ranks, frame, programs, ranks_per_node)
+    is_good, told = _launch(mpiexec, num_ranks, frame, programs, ranks_per_node)
     found = dict(re.findall(rf"EPCOMM-DIGEST {program} (\d+) (\w+)", told))
     passed = {name for name in programs if told.count(f"EPCOMM-DIGEST {name} ") == num_ranks}
-    if program not in passed or (launch is None and passed == set(programs)):
+    if program not in passed or (passed == set(programs) and not is_good):
         raise AssertionError(told)
     return [found[str(rank)] for rank in range(num_ranks)]
 
@@ -80,12 +80,11 @@ def _launch(
     frame: str,
     programs: tuple[str, ...],
     ranks_per_node: int,
-) -> tuple[Result | None, str]:
-    """Run programs in one start; return the result, None where it failed, and what was printed."""
+) -> tuple[bool, str]:
+    """Run programs in one start; return whether it ended well, and what was printed."""
     env = {"EPCOMM_RANKS_PER_NODE": str(ranks_per_node)} if ranks_per_node else None
     arguments = ("contract_programs", num_ranks, "--frame", frame, *programs)
     try:
-        result = mpiexec(*arguments, env=env, timeout_s=240.0)
+        return True, mpiexec(*arguments, env=env, timeout_s=240.0).stdout
     except AssertionError as error:
-        return None, str(error)
-    return result, result.stdout
+        return False, str(error)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -22,7 +24,9 @@ KEPT_S = 24 * 3600
 
 @pytest.fixture(scope="session")
 def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder where compiled kernels stay from run to run."""
+    """Return the folder where the emulator's kernels stay from run to run."""
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("the emulator's fibers need g++ and an x86-64 processor")
     # Without the plugin cacheprovider there is no such attribute.
     if getattr(pytestconfig, "cache", None) is None:
         return tmp_path_factory.mktemp("emulator")

@@ -8,7 +8,7 @@ import sys
 import pytest
 from launch import ROOT, run_command
 
-#: Four minutes of two processors, which other tests use meanwhile.
+#: It takes three minutes of two processors that nobody else uses.
 LIMIT_S = 1200.0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -43,12 +42,6 @@ TESTS = Path(__file__).resolve().parents[1]
 RACE = 66
 #: ThreadSanitizer wants memory where it expects it.
 FIXED_ADDRESSES = ("setarch", "--addr-no-randomize")
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() != "x86_64",
-    reason="the emulator's fibers need g++ and an x86-64 processor",
-)
-
 
 # --- right results -----------------------------------------------------------------------------
 

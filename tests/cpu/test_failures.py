@@ -29,6 +29,7 @@ from epcomm import (
     env,
     run_threads,
 )
+from epcomm.board import LOW_LATENCY_SENT
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -819,6 +820,25 @@ def test_throughput_calls_refuse_a_masked_rank() -> None:
             assert "rank(s) 1 are masked" in str(error)
             buffer.low_latency_clean_mask_buffer()
         common.dispatch(buffer, seed=2)
+
+    run_threads(fn, 2)
+
+
+def test_ranks_that_wait_for_each_other_end() -> None:
+    """As ranks out of step do: both show that they live, and neither comes."""
+
+    def fn(group: Any) -> None:
+        timeout_s = SHORT_S / 2
+        buffer = shrinking_buffer(group, timeout_s)
+        missing: list[int] = []
+        group.barrier(timeout_s=30.0, phase="begin")
+        start_s = time.monotonic()
+        board: Any = buffer._engine._board  # type: ignore[union-attr]
+        board.wait(LOW_LATENCY_SENT, 1 << 40, "rows that never come", missing.extend)
+        assert missing == [0, 1]
+        waited_s = time.monotonic() - start_s
+        assert group.size * timeout_s <= waited_s < group.size * timeout_s + 4 * SHORT_S
+        group.barrier(timeout_s=30.0, phase="end")
 
     run_threads(fn, 2)
 
