@@ -1,10 +1,12 @@
-"""scripts/gpu_check --merge: what counts of results that were made in parts."""
+"""scripts/gpu_check: how tests are spread over GPUs, and what counts of results made in parts."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -105,3 +107,40 @@ def test_what_ended_pytest_is_kept_and_tests_that_are_gone_are_not(merge: Any) -
 def test_parts_of_other_sources_are_refused(merge: Any) -> None:
     with pytest.raises(SystemExit, match="is of sources another, this checkout of this one"):
         merge(part({A: "passed"}), part({B: "passed"}) | {"source_hash": "another"})
+
+
+def test_tests_that_need_few_gpus_run_side_by_side_and_the_longest_first(script: Any) -> None:
+    needed = {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2, "f": 4, "names": 0}
+    plan = script.plan(needed, {"a": 9.0, "b": 2.0, "c": 5.0}, ["0", "1", "2", "3"])
+    ones, twos, fours = plan
+    assert ones == [(["0"], ["a"]), (["1"], ["c"]), (["2"], ["b"]), (["3"], ["names"])]
+    assert twos == [(["0", "1"], ["d"]), (["2", "3"], ["e"])]
+    assert fours == [(["0", "1", "2", "3"], ["f"])]
+
+
+@pytest.mark.parametrize("gpus", [[], ["7"]])
+def test_tests_that_need_more_gpus_than_there_are_run_and_skip(
+    script: Any, gpus: list[str]
+) -> None:
+    assert script.plan({"a": 4, "b": 1}, {}, gpus) == [[(gpus, ["a", "b"])]]
+
+
+def test_a_process_is_cut_off_at_the_deadline(
+    script: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "import time; print('it began', flush=True); time.sleep(60)"
+    process = script.ShownProcess([sys.executable, "-c", code], dict(os.environ))
+    ending = process.wait(time.monotonic() + 2.0)
+    assert ending["name"] == CUT_OFF
+    assert "it began" in ending["last_lines"]
+    assert "it began" in capfd.readouterr().out
+
+
+def test_how_a_process_ended(script: Any) -> None:
+    endings = [
+        script.ShownProcess([sys.executable, "-c", f"exit({code})"], dict(os.environ)).wait(
+            time.monotonic() + 30.0
+        )
+        for code in (0, 1, 3)
+    ]
+    assert [ending and ending["name"] for ending in endings] == [None, None, CRASHED]

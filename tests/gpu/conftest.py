@@ -1,4 +1,4 @@
-"""Tells scripts/gpu_check of every test as it ends, so that a run that is cut off is not lost."""
+"""Tells scripts/gpu_check what each test needs, and how it ended: a cut run is not lost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from launch import ROOT
 
 #: Lines of Open MPI that begin with a host's name.
 _OF_A_HOST = re.compile(r"\[\S+:\d+\]")
-#: Name of the file to add a line to, where scripts/gpu_check started pytest.
-RESULTS = "GPU_CHECK_RESULTS"
+#: Names of the files to add lines to, where scripts/gpu_check started pytest.
+RESULTS, NEEDS = "GPU_CHECK_RESULTS", "GPU_CHECK_NEEDS"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell how many GPUs each test needs."""
+    if NEEDS not in os.environ:
+        return
+    with Path(os.environ[NEEDS]).open("a") as file:
+        for item in items:
+            mark = item.get_closest_marker("gpu")
+            entry = {"name": item.nodeid, "num_gpus": mark.args[0] if mark else 0}
+            file.write(json.dumps(entry) + "\n")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
