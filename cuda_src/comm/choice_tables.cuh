@@ -43,19 +43,16 @@ __device__ inline OwnEntry own_entry(const LowLatencyCall& call, const void* top
                      : kNoFailure};
 }
 
-// A warp's n-th piece of all tables: of the last blocks, as they have the fewest rows to send, and
-// not of a block's first warp, which begins the call.
+// A receiving warp's n-th piece of all tables: of the last blocks, as they have the fewest rows.
 struct TablePiece {
   u32 peer;
   u32 place;  // 0 the header, then tokens
 
   __device__ __forceinline__ explicit TablePiece(u32 n) {
-    constexpr u32 kWarps = kLowLatencyThreads / kWarpSize - 1;
-    static_assert(kWarps > 0, "the first warp sends no tables");
     const u32 block = gridDim.x - 1 - blockIdx.x + n * gridDim.x;
-    const u32 piece = block * kWarps + warp_index() - 1;
+    const u32 piece = block * Receivers::kNumWarps + Receivers::warp();
     peer = piece % kNumRanks;
-    place = warp_index() == 0 ? ~0u : piece / kNumRanks;
+    place = piece / kNumRanks;
   }
 
   __device__ __forceinline__ bool is_token(const LowLatencyCall& call) const {
@@ -64,7 +61,7 @@ struct TablePiece {
 };
 
 // Tells every peer what this call is and what its tokens choose. weights: null in dispatch. By
-// all threads; each warp for itself.
+// receivers, who have nothing else to do yet; each warp for itself.
 __device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Round& round,
                                             const void* topk_idx, u32 is_64_bit,
                                             const float* weights) {
@@ -134,10 +131,11 @@ __device__ inline bool decide(const LowLatencyCall& call, u32 epoch, u32 source,
 
 // Agrees with this rank's other blocks on the sources that take part, and masks the others; what a
 // kernel that sends decided holds for the one that receives. seen: those that this block has seen.
-// By all threads; the same to all.
+// By a crew; the same to all.
+template <typename AnyCrew>
 __device__ inline u32 agree_on_sources(const LowLatencyCall& call, const Round& round, u32 seen,
                                        u32* taking_part) {
-  if (warp_index() == 0) {
+  if (AnyCrew::warp() == 0) {
     const u32 source = lane_index();
     bool takes_part = false;
     if (source < kNumRanks) {
@@ -147,16 +145,15 @@ __device__ inline u32 agree_on_sources(const LowLatencyCall& call, const Round& 
     const u32 bits = __ballot_sync(kFullWarp, takes_part);
     if (source == 0) *taking_part = bits;
   }
-  __syncthreads();
+  AnyCrew::meet();
   const u32 bits = *taking_part;
-  __syncthreads();
+  AnyCrew::meet();
   return bits;
 }
 
 // Reports a source that takes part, as another block saw it, and that this block does not see: it
-// wrote a later call over it. By all threads.
+// wrote a later call over it. By one thread.
 __device__ inline void report_unseen(const LowLatencyCall& call, const Round& round, u32 unseen) {
-  if (threadIdx.x != 0) return;
   report(call, kTimeout, kLowLatencyTables, __ffs(static_cast<int>(unseen)) - 1, round.epoch, 0);
 }
 
@@ -186,9 +183,9 @@ __device__ inline void report_mismatch(const LowLatencyCall& call, const LowLate
 }
 
 // Waits for the headers of some sources, into shared memory: zeros for a source whose does not
-// come. By all threads; false, to all of them, where the call has failed or a source passes other
-// values. meanwhile() is called by warps that wait for none, until has_headers.
-template <typename Meanwhile>
+// come. By a crew; false, to all of it, where the call has failed or a source passes other values.
+// meanwhile() is called by warps that wait for none, until has_headers.
+template <typename AnyCrew, typename Meanwhile>
 __device__ inline bool read_headers(const LowLatencyCall& call, const Round& round, u32 sources,
                                     LowLatencyShape* headers, Arrivals* arrivals,
                                     Meanwhile meanwhile) {
@@ -196,7 +193,7 @@ __device__ inline bool read_headers(const LowLatencyCall& call, const Round& rou
   const u32* own = reinterpret_cast<const u32*>(&call.shape);
   bool is_good = true;
 #pragma unroll 1
-  for (u32 i = threadIdx.x; i < kNumRanks * kWords; i += blockDim.x) {
+  for (u32 i = AnyCrew::thread(); i < kNumRanks * kWords; i += AnyCrew::kNumThreads) {
     const u32 source = i / kWords;
     Awaited awaited = {Outcome::kMissing, 0};
     if ((sources >> source) & 1) {
@@ -211,15 +208,15 @@ __device__ inline bool read_headers(const LowLatencyCall& call, const Round& rou
       is_good = false;
     }
   }
-  if (warp_index() * kWarpSize < kNumRanks * kWords) {
+  if (AnyCrew::warp() * kWarpSize < kNumRanks * kWords) {
     __syncwarp();
     if (lane_index() == 0) ptx::st_release_cta_shared_u32(&arrivals->has_headers, 1);
   } else {
     meanwhile();
   }
   // All threads must come to the same end, and others may note more as soon as they go on.
-  is_good = __syncthreads_and(is_good);
-  if (!is_good && threadIdx.x == 0 && arrivals->has_failed == 0) {
+  is_good = AnyCrew::meet_and(is_good);
+  if (!is_good && AnyCrew::thread() == 0 && arrivals->has_failed == 0) {
     report_mismatch(call, headers, sources & ~arrivals->missing);
   }
   return is_good;
@@ -257,20 +254,20 @@ struct EntryEnds {
 
 // Entries of tables, several of a thread on their way together. A thread that misses one still
 // looks at its others: every source whose table is not whole must be noted, or its rows would be
-// counted. By all threads.
+// counted. By a crew.
 //   place(i, &source)          the cells of entry i, and whose it is
 //   use(i, expert, weight)     is called for each that arrives
-template <bool kHasWeights, typename PlaceOf, typename Use>
+template <typename AnyCrew, bool kHasWeights, typename PlaceOf, typename Use>
 __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const Round& round,
                                              u32 begin, u32 end, Arrivals* arrivals, PlaceOf place,
                                              Use use) {
-  constexpr u32 kUnroll = 4, kWords = kHasWeights ? 2 : 1;
+  constexpr u32 kUnroll = 4, kWords = kHasWeights ? 2 : 1, kStride = AnyCrew::kNumThreads;
 #pragma unroll 1
-  for (u32 first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
+  for (u32 first = begin + AnyCrew::thread(); first < end; first += kUnroll * kStride) {
     ptx::U64Pair found[kUnroll];
 #pragma unroll
     for (u32 j = 0; j < kUnroll; ++j) {
-      const u32 i = first + j * blockDim.x;
+      const u32 i = first + j * kStride;
       if (i >= end) continue;
       u32 source;
       const u64* cells = place(i, &source);
@@ -280,9 +277,9 @@ __device__ __forceinline__ void read_entries(const LowLatencyCall& call, const R
         found[j].value[0] = ptx::ld_relaxed_sys_u64(cells);
       }
     }
-    const u32 last = min_of(first + (kUnroll - 1) * blockDim.x, end - 1);
+    const u32 last = min_of(first + (kUnroll - 1) * kStride, end - 1);
 #pragma unroll 1
-    for (u32 i = first; i <= last; i += blockDim.x) {
+    for (u32 i = first; i <= last; i += kStride) {
       u32 source;
       const u64* cells = place(i, &source);
       Outcome outcome = Outcome::kArrived;

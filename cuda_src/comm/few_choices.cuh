@@ -2,6 +2,7 @@
 // expert, so that a warp works out where a token's rows lie by counting bits, with no other warp.
 #pragma once
 
+#include "comm/cell_rows.cuh"
 #include "comm/choice_tables.cuh"
 #include "comm/low_latency.cuh"
 #include "comm/row_parts.cuh"
@@ -36,11 +37,12 @@ __device__ __forceinline__ bool may_be_few(const LowLatencyCall& call) {
          kNumRanks * call.shape.num_tokens * call.shape.num_topk <= kFewEntries;
 }
 
-// Makes room for choices. By all threads, before they meet.
+// Makes room for choices. By a crew, before it meets.
+template <typename AnyCrew>
 __device__ __forceinline__ void clear(const LowLatencyCall& call, Few* few) {
   const u32 number = min_of(kFewWords, kFewEntries / 32 * num_local_experts(call));
 #pragma unroll 1
-  for (u32 i = threadIdx.x; i < number; i += blockDim.x) few->chosen[i] = 0;
+  for (u32 i = AnyCrew::thread(); i < number; i += AnyCrew::kNumThreads) few->chosen[i] = 0;
 }
 
 // Whether the choices of all sources, by their headers, are few, and their rows cross as cells.
@@ -73,7 +75,10 @@ __device__ __forceinline__ void number(const LowLatencyCall& call, const LowLate
 
 // The choice that a thread reads, of all sources': the last threads the first, as the first wait
 // for headers.
-__device__ __forceinline__ u32 first_few() { return blockDim.x - 1 - threadIdx.x; }
+template <typename AnyCrew>
+__device__ __forceinline__ u32 first_few() {
+  return AnyCrew::kNumThreads - 1 - AnyCrew::thread();
+}
 
 template <bool kHasWeights>
 __device__ __forceinline__ ptx::U64Pair look_at_entry(const u64* cells) {
@@ -89,10 +94,10 @@ __device__ __forceinline__ bool is_entry_there(const ptx::U64Pair& entry, u32 ep
 
 // Looks at this thread's choice until it or the headers are there, as if all sources had as many
 // tokens as this rank: as a rule they have, and both come together.
-template <bool kHasWeights>
+template <typename AnyCrew, bool kHasWeights>
 __device__ __forceinline__ ptx::U64Pair guess_entry(const LowLatencyCall& call, const Round& round,
                                                     const Arrivals* arrivals) {
-  const u32 number = call.shape.num_tokens * call.shape.num_topk, i = first_few();
+  const u32 number = call.shape.num_tokens * call.shape.num_topk, i = first_few<AnyCrew>();
   ptx::U64Pair entry = {};
   if (i >= kNumRanks * number) return entry;
   const u32 source = i / number;
@@ -106,10 +111,10 @@ __device__ __forceinline__ ptx::U64Pair guess_entry(const LowLatencyCall& call, 
   }
 }
 
-// Reads the choices of all sources; entry: what this thread saw of its first. By all threads;
-// false, to all of them, where the call has failed.
+// Reads the choices of all sources; entry: what this thread saw of its first. By a crew; false, to
+// all of it, where the call has failed.
 //   use(i, expert, weight)  is called for each
-template <bool kHasWeights, typename Use>
+template <typename AnyCrew, bool kHasWeights, typename Use>
 __device__ __forceinline__ bool read_few_entries(const LowLatencyCall& call, const Round& round,
                                                  const LowLatencyShape* headers, ptx::U64Pair entry,
                                                  Arrivals* arrivals, Use use) {
@@ -120,7 +125,7 @@ __device__ __forceinline__ bool read_few_entries(const LowLatencyCall& call, con
     is_guess = is_guess && headers[source].num_tokens == call.shape.num_tokens;
   }
 #pragma unroll 1
-  for (u32 i = first_few(); i < ends.last(); i += blockDim.x) {
+  for (u32 i = first_few<AnyCrew>(); i < ends.last(); i += AnyCrew::kNumThreads) {
     u32 begin;
     const u32 source = ends.source_of(i, &begin);
     const u64* cells =
@@ -146,7 +151,7 @@ __device__ __forceinline__ bool read_few_entries(const LowLatencyCall& call, con
     use(i, static_cast<i32>(words[0]), words[1]);
     is_guess = false;
   }
-  __syncthreads();
+  AnyCrew::meet();
   return arrivals->has_failed == 0;
 }
 

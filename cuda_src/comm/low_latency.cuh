@@ -19,10 +19,10 @@
 //   acquire of received by a lane of each block -> __syncthreads -> stores into the peer's slot
 //   stores of a part's row by a group of warps -> the group's barrier -> release of the part's flag
 //   acquire of the flag by one lane of each warp -> __syncwarp -> loads of the row by all lanes
-// Rows of a rank with few tokens cross without flags: each word in a cell with the epoch, which
-// tells by itself that it is there. A kernel sends before it receives, all blocks are resident at
-// once, and sending waits for nothing but what peers' kernels of the same call post at their
-// beginning, and, in combine, for tables, which are sent first.
+// Rows of a rank with few tokens cross without flags: see comm/cell_rows.cuh. A kernel receives
+// while it sends: see comm/crews.cuh. All blocks are resident at once, and sending waits for
+// nothing but what peers' kernels of the same call post at their beginning, and, in combine, for
+// tables, which receivers send before they wait for anything.
 //
 // Code. A kernel runs once from end to end, so every instruction is fetched anew, which takes
 // longer than to run it. Only loops that keep several reads on their way are unrolled.
@@ -50,6 +50,7 @@
 #pragma once
 
 #include "comm/call.cuh"
+#include "comm/crews.cuh"
 #include "common/types.cuh"
 #include "ptx/memory.cuh"
 #include "slab/low_latency.cuh"
@@ -123,15 +124,8 @@ struct Round {
   u32 is_unposted;  // and whether it is not yet
 };
 
-constexpr u32 kGroupThreads = kGroupWarps * kWarpSize;
-constexpr u32 kLowLatencyThreads = kNumGroups * kGroupThreads;
-
-// A few warps that move a part of a row together.
-__device__ __forceinline__ u32 group_index() { return warp_index() / kGroupWarps; }
-__device__ __forceinline__ u32 warp_in_group() { return warp_index() % kGroupWarps; }
-__device__ __forceinline__ void group_barrier() {
-  ptx::barrier_sync(1 + group_index(), kGroupThreads);
-}
+// A cell: an epoch, and what it is of.
+__device__ __forceinline__ u64 cell_of(u32 epoch, u32 word) { return (u64(epoch) << 32) | word; }
 
 __device__ __forceinline__ u32 num_local_experts(const LowLatencyCall& call) {
   return call.shape.num_experts / kNumRanks;
@@ -186,6 +180,15 @@ __device__ __forceinline__ bool is_there(Phase phase, u32 seen, u32 epoch) {
 
 constexpr u32 kSignsPerDeadline = 8;
 
+// The deadline of a wait: for rows an eighth longer. They are waited for while other warps wait for
+// tables, and where a rank died before its table was whole, it is to be named for that, and not
+// those whose rows wait for it too.
+__device__ __forceinline__ u64 deadline_ns(const LowLatencyCall& call, Phase phase) {
+  static_assert(kLowLatencyTables < kLowLatencyRows && kLowLatencyRows < kLowLatencyCells,
+                "phases of rows are the last");
+  return call.timeout_ns + (phase > kLowLatencyTables ? call.timeout_ns / 8 : 0);
+}
+
 // Shows all peers, at intervals, that this rank waits: by one thread of all that do.
 __device__ __forceinline__ void show_sign(const LowLatencyCall& call, u64 now) {
   u64* shown_ns = &call.state->shown_ns;
@@ -230,13 +233,13 @@ __device__ __noinline__ Awaited await_slowly(const LowLatencyCall& call, Phase p
       report(call, kPeerGaveUp, phase, static_cast<u32>(aborted - 1), epoch, seen);
       return {Outcome::kFailed, 0};
     }
-    const u64 now = ptx::global_timer_ns();
+    const u64 now = ptx::global_timer_ns(), timeout_ns = deadline_ns(call, phase);
     u64 since = start;
     if (call.can_mask) {
       show_sign(call, now);
       since = max_of(start, last_sign_ns(call, peer, now));
     }
-    if (now > since + call.timeout_ns || (now - start) / kNumRanks > call.timeout_ns) {
+    if (now > since + timeout_ns || (now - start) / kNumRanks > timeout_ns) {
       note_waited(call, phase, peer, start);
       if (call.can_mask) return {Outcome::kMissing, 0};
       report(call, kTimeout, phase, peer, epoch, seen);
@@ -370,93 +373,6 @@ __device__ __forceinline__ void finish(const LowLatencyCall& call, const Round& 
     }
   }
   if (call.wait_stats != nullptr) add_waits(call);
-}
-
-// --- rows in pieces ----------------------------------------------------------------------------
-
-// What a warp moves in one access: a row is cut into such granules, and a part is some of them.
-constexpr u32 kGranuleBytes = kWarpSize * sizeof(Vec16);
-
-struct Granules {
-  u32 begin;
-  u32 end;
-};
-
-__device__ __forceinline__ Granules granules_of(u32 num_bytes, u32 part, u32 num_parts) {
-  const u32 number = ceil_div(num_bytes, kGranuleBytes);
-  const u32 size = ceil_div(number, num_parts);
-  return {min_of(part * size, number), min_of((part + 1) * size, number)};
-}
-
-// --- rows of few tokens, as cells ----------------------------------------------------------------
-
-__device__ __forceinline__ u64 cell_of(u32 epoch, u32 word) { return (u64(epoch) << 32) | word; }
-
-static_assert(kCellTokens <= kMaxCellTokens, "a line has cells for so many rows");
-
-// Whether the rows of a rank with so many tokens cross as cells.
-__device__ __forceinline__ bool uses_cells(u32 num_tokens, u32 row_bytes) {
-  return num_tokens <= kCellTokens && row_bytes <= kMaxCellRowBytes;
-}
-
-// Where the pair of cells with the word at byte `at` lies. A 16-byte vector has this pair and the
-// one half a granule's cells behind it, so that a warp writes whole lines.
-__device__ __forceinline__ u64* cells_at(u64* row, u32 at) {
-  const u32 granule = at / kGranuleBytes, lane = at % kGranuleBytes / sizeof(Vec16);
-  const u32 half = at % sizeof(Vec16) / (2 * sizeof(u32));
-  return row + granule * (kGranuleBytes / sizeof(u32)) + (half * kWarpSize + lane) * 2;
-}
-
-// The cell of the word at byte `at`.
-__device__ __forceinline__ u64* cell_at(u64* row, u32 at) {
-  return cells_at(row, at) + at / sizeof(u32) % 2;
-}
-
-__device__ __forceinline__ void put_cell(u64* row, u32 at, u32 word, u32 epoch) {
-  ptx::st_relaxed_sys_u64(cell_at(row, at), cell_of(epoch, word));
-}
-
-__device__ __forceinline__ void put_cells(u64* row, u32 at, const Vec16& v, u32 epoch) {
-  u64* cells = cells_at(row, at);
-  ptx::st_relaxed_sys_u64x2(cells, {cell_of(epoch, v.word[0]), cell_of(epoch, v.word[1])});
-  ptx::st_relaxed_sys_u64x2(cells + 2 * kWarpSize,
-                            {cell_of(epoch, v.word[2]), cell_of(epoch, v.word[3])});
-}
-
-// The cells of a vector, as they are now.
-struct VecCells {
-  ptx::U64Pair half[2];
-};
-
-__device__ __forceinline__ VecCells look_at_cells(u64* row, u32 at) {
-  const u64* cells = cells_at(row, at);
-  return {ptx::ld_relaxed_sys_u64x2(cells), ptx::ld_relaxed_sys_u64x2(cells + 2 * kWarpSize)};
-}
-
-// The first of a vector's cells that was not there, or null.
-__device__ __forceinline__ const u64* late_cell(u64* row, u32 at, const VecCells& seen, u32 epoch) {
-  const u64* late = nullptr;
-#pragma unroll
-  for (u32 i = 4; i-- > 0;) {
-    const bool is_late = static_cast<u32>(seen.half[i / 2].value[i % 2] >> 32) != epoch;
-    if (is_late) late = cells_at(row, at) + i / 2 * 2 * kWarpSize + i % 2;
-  }
-  return late;
-}
-
-__device__ __forceinline__ Vec16 words_of(const VecCells& seen) {
-  Vec16 v;
-#pragma unroll
-  for (u32 i = 0; i < 4; ++i) v.word[i] = static_cast<u32>(seen.half[i / 2].value[i % 2]);
-  return v;
-}
-
-// One thread's wait for a cell that was late. Masks who does not send it.
-__device__ __forceinline__ Outcome await_cell(const LowLatencyCall& call, const Round& round,
-                                              u32 peer, const u64* late) {
-  const Outcome outcome = await_slowly(call, kLowLatencyCells, peer, round.epoch, late).outcome;
-  if (outcome == Outcome::kMissing) mask(call, peer);
-  return outcome;
 }
 
 }  // namespace epcomm::comm

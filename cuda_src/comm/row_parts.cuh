@@ -68,10 +68,10 @@ __device__ inline void place_choices(Choice* choices, u32 num_topk, Span* spans,
   __syncwarp();
 }
 
-// Works out the choices of tokens [begin, end) of a source. By all threads, which then meet.
+// Works out the choices of tokens [begin, end) of a source. By a crew, which then meets.
 //   kept   the source's choices as local experts, or kNotHere; null where the block keeps none
 //   spans  [local experts] the source's rows from first_token on; left with those behind the batch
-template <bool kHasWeights>
+template <typename AnyCrew, bool kHasWeights>
 __device__ __forceinline__ void place_batch(const LowLatencyCall& call, const Round& round,
                                             u32 source, u32 first_token, u32 begin, u32 end,
                                             const u16* kept, Span* spans, Batch* batch,
@@ -87,12 +87,13 @@ __device__ __forceinline__ void place_batch(const LowLatencyCall& call, const Ro
   };
   if (kept != nullptr) {
 #pragma unroll 1
-    for (u32 i = first_token * num_topk + threadIdx.x; i < end * num_topk; i += blockDim.x) {
+    for (u32 i = first_token * num_topk + AnyCrew::thread(); i < end * num_topk;
+         i += AnyCrew::kNumThreads) {
       place(i, kept[i] == kNotHere ? kNoRow : kept[i], 0);
     }
   } else {
     const u64* table = slab::table(call.slabs, call.rank, round.slot, source);
-    read_entries<kHasWeights>(
+    read_entries<AnyCrew, kHasWeights>(
         call, round, first_token * num_topk, end * num_topk, arrivals,
         [=](u32 i, u32* whose) {
           *whose = source;
@@ -103,14 +104,14 @@ __device__ __forceinline__ void place_batch(const LowLatencyCall& call, const Ro
           place(i, expert >= 0 && local < num_local ? local : kNoRow, weight);
         });
   }
-  __syncthreads();
-  if (warp_index() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
+  AnyCrew::meet();
+  if (AnyCrew::warp() == 0 && arrivals->missing == 0 && arrivals->has_failed == 0) {
 #pragma unroll 1
     for (u32 token = 0; token < end - begin; ++token) {
       place_choices(batch->choices + token * num_topk, num_topk, spans, batch->num_choices + token);
     }
   }
-  __syncthreads();
+  AnyCrew::meet();
 }
 
 // A part of a row that came, or goes, along a token's choices.
@@ -168,50 +169,49 @@ __device__ inline Range range_of(const LowLatencyCall& call, u32 sources,
           last > before ? min_of(last - before, number) : 0, num_parts, first_entry};
 }
 
-// Gives every part of the sources' rows to one block; neighbouring ones to the same. By all
-// threads; false where the call has failed.
+// Gives every part of the sources' rows to one block; neighbouring ones to the same. By a crew;
+// false where the call has failed.
 //   kept                     all sources' choices, or null: see place_batch
 //   span_of(source, expert)  where the source's rows lie at an expert
-//   serve(parts)             is called by all threads for what the block has in hand
-template <bool kHasWeights, typename SpanOf, typename Serve>
+//   serve(parts)             is called by the crew for what the block has in hand
+template <typename AnyCrew, bool kHasWeights, typename SpanOf, typename Serve>
 __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& round, u32 sources,
                                      const LowLatencyShape* headers, const u16* kept, Span* spans,
                                      Batch* batch, Arrivals* arrivals, SpanOf span_of,
                                      Serve serve) {
-  if (threadIdx.x < kNumRanks) {
-    batch->ranges[threadIdx.x] = range_of(call, sources, headers, threadIdx.x);
-  }
-  __syncthreads();  // arrivals begin anew, too
+  const u32 thread = AnyCrew::thread();
+  if (thread < kNumRanks) batch->ranges[thread] = range_of(call, sources, headers, thread);
+  AnyCrew::meet();  // arrivals begin anew, too
 #pragma unroll 1
   for (u32 source = 0; source < kNumRanks; ++source) {
     if (batch->ranges[source].begin >= batch->ranges[source].end) continue;
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < num_local_experts(call); i += blockDim.x) {
+    for (u32 i = thread; i < num_local_experts(call); i += AnyCrew::kNumThreads) {
       spans[i] = span_of(source, i);
     }
-    if (threadIdx.x == 0) arrivals->missing = 0;
-    __syncthreads();
+    if (thread == 0) arrivals->missing = 0;
+    AnyCrew::meet();
     u32 counted = 0;
 #pragma unroll 1
     for (u32 token = batch->ranges[source].first_token();
          token < batch->ranges[source].end_token();) {
       const Range& range = batch->ranges[source];
       const u32 next = min_of(token + kBatchEntries / call.shape.num_topk, range.end_token());
-      place_batch<kHasWeights>(call, round, source, counted, token, next,
-                               kept == nullptr ? nullptr : kept + range.first_entry, spans, batch,
-                               arrivals);
+      place_batch<AnyCrew, kHasWeights>(call, round, source, counted, token, next,
+                                        kept == nullptr ? nullptr : kept + range.first_entry, spans,
+                                        batch, arrivals);
       if (arrivals->has_failed != 0) return false;
       if (arrivals->missing != 0) {
-        if (threadIdx.x == 0) mask(call, source);
+        if (thread == 0) mask(call, source);
         break;
       }
       serve(Parts{source, token, max_of(range.begin, token * range.num_parts),
                   min_of(range.end, next * range.num_parts), range.num_parts, call.shape.num_topk,
                   batch});
-      __syncthreads();
+      AnyCrew::meet();
       counted = token = next;
     }
-    __syncthreads();
+    AnyCrew::meet();
   }
   return true;
 }

@@ -48,7 +48,7 @@ __device__ inline u32 count_choices(const LayoutParams& params, u32 first, i32* 
 
 }  // namespace epcomm
 
-extern "C" __global__ void __launch_bounds__(1024, 1)
+extern "C" __global__ void __launch_bounds__(kRouteThreads, 1)
     epcomm_layout(const __grid_constant__ epcomm::LayoutParams params) {
   using namespace epcomm;
   extern __shared__ __align__(128) u8 shared_memory[];

@@ -4,16 +4,16 @@
 //       [num_tokens, num_topk] i32 or i64, weights [num_tokens, num_topk] f32 of this rank's
 //       tokens.
 // Out:  sums [num_tokens, hidden] bf16; waiting times are added to wait_stats.
-// Grid: at most as many blocks as fit at once, of kNumGroups groups of kGroupWarps warps.
+// Grid: at most as many blocks as fit at once, of two crews: see comm/crews.cuh.
 //
-// Every rank gets all tables of choices and weights, finds the rows of each source's tokens, and
-// sends into the slot at the source:
+// Every rank gets all tables of choices and weights. Senders find the rows of each source's tokens,
+// and send into the slot at the source:
 //   by rank:   one row a token, in its own line: its experts' weighted rows summed in fp32, choices
 //              ascending, and rounded to bf16; the source sums ranks in fp32, ascending
 //   by expert: every expert's row as it is, in the choice's line; the source sums in fp32, choices
 //              ascending
-// The source rounds once more, to bf16. By rank, rows of a source with few tokens cross as cells,
-// without flags. See comm/low_latency.cuh for the ordering.
+// Receivers at the source round once more, to bf16. By rank, rows of a source with few tokens cross
+// as cells, without flags. See comm/low_latency.cuh for the ordering.
 //
 // A source's own table tells it whom to wait for: what the caller passed may have changed by then.
 #include "comm/choice_tables.cuh"
@@ -27,14 +27,25 @@
 
 namespace epcomm {
 
+using comm::Senders;
+
 // In shared memory.
 struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
   comm::Arrivals arrivals;
 };
 
+// Keeps the ranges that dispatch laid out. By senders, before they meet.
+__device__ __forceinline__ void keep_ranges(const LowLatencyCombineParams& params, u64* ranges) {
+  const u32 number = min_of(params.call.shape.num_experts, kKeptRanges);
+#pragma unroll 1
+  for (u32 i = Senders::thread(); i < number; i += Senders::kNumThreads) {
+    ranges[i] = params.layout_range[i];
+  }
+}
+
 // Waits for what sources say of their calls, and looks at their choices where these may be few.
-// By all threads; false, to all of them, where the call may not go on.
+// By senders; false, to all of them, where the call may not go on.
 //   taking_part  the sources that take part, as bits
 __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
                                              const comm::Round& round, bool tries_few,
@@ -46,21 +57,22 @@ __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
   // Twice at most: what takes part by another block's word has come.
 #pragma unroll 1
   for (u32 look = 0; look < 2; ++look) {
-    if (threadIdx.x == 0) *arrivals = {~wanted, 0, 0, 0};
-    __syncthreads();
-    if (!comm::read_headers(call, round, wanted, sources->headers, arrivals, [&] {
-          if (tries_few) *entry = comm::guess_entry<true>(call, round, arrivals);
+    if (Senders::thread() == 0) *arrivals = {~wanted, 0, 0, 0};
+    Senders::meet();
+    if (!comm::read_headers<Senders>(call, round, wanted, sources->headers, arrivals, [&] {
+          if (tries_few) *entry = comm::guess_entry<Senders, true>(call, round, arrivals);
         })) {
       return false;
     }
     const u32 seen = kAll & ~arrivals->missing;
-    *taking_part =
-        call.can_mask ? comm::agree_on_sources(call, round, seen, &arrivals->taking_part) : seen;
+    *taking_part = call.can_mask
+                       ? comm::agree_on_sources<Senders>(call, round, seen, &arrivals->taking_part)
+                       : seen;
     unseen = *taking_part & ~seen;
     if (unseen == 0) return true;
     wanted = *taking_part;
   }
-  comm::report_unseen(call, round, unseen);
+  if (Senders::thread() == 0) comm::report_unseen(call, round, unseen);
   return false;
 }
 
@@ -78,50 +90,43 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   __shared__ u64 ranges[kKeptRanges];
   const comm::LowLatencyCall& call = params.call;
   __shared__ comm::Round round;
-  const bool tries_few = may_be_few(params);
   if (!comm::begin(call, &round)) return;
-  if (call.phases & comm::kSends) {
-    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < min_of(call.shape.num_experts, kKeptRanges); i += blockDim.x) {
-      ranges[i] = params.layout_range[i];
-    }
-  }
-  if (tries_few) comm::clear(call, &tables.few);
+  const bool sends = (call.phases & comm::kSends) != 0, tries_few = may_be_few(params);
+  bool is_good = true;
   ptx::U64Pair entry_seen = {};
   u32 taking_part = 0;
-  bool is_good = find_sources(call, round, tries_few, &sources, &entry_seen, &taking_part);
-  if (is_good && tries_few && comm::are_few(call, sources.headers)) {
-    comm::Few& few = tables.few;
-    if (threadIdx.x == 0) comm::number(call, sources.headers, &few);
-    if (read_few(call, round, sources.headers, entry_seen, &sources.arrivals, &few)) {
-      const u32 first_item = send_few(params, round, sources.headers, ranges, &few);
-      sum_few(params, round, few, first_item);
-    }
-    comm::finish(call, round);
-    return;
+  if (Senders::has_me()) {
+    if (sends) keep_ranges(params, ranges);
+    if (tries_few) comm::clear<Senders>(call, &tables.few);
+    is_good = find_sources(call, round, tries_few, &sources, &entry_seen, &taking_part);
+  } else if (sends) {
+    comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
   }
-  if (is_good && call.phases & comm::kSends) {
-    is_good = comm::for_each_part<true>(
-        call, round, taking_part, sources.headers, nullptr,
-        reinterpret_cast<comm::Span*>(shared_memory), &tables.batch, &sources.arrivals,
-        [&](u32 source, u32 expert) {
-          const u32 i = expert * kNumRanks + source;
-          const u64 range = i < kKeptRanges ? ranges[i] : static_cast<u64>(params.layout_range[i]);
-          const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
-          return comm::Span{begin, min_of(begin + count, comm::num_recv_rows(call))};
-        },
-        [&](const comm::Parts& parts) {
-          const u32 num_tokens = sources.headers[parts.source].num_tokens;
-          send_parts(params, round, parts, uses_cells(params, num_tokens));
-        });
-  }
-  if (is_good && call.phases & comm::kReceives) {
-    const u32 num_items = call.shape.num_tokens * call.shape.num_parts;
-#pragma unroll 1
-    for (u32 item = blockIdx.x + gridDim.x * comm::group_index(); item < num_items;
-         item += gridDim.x * kNumGroups) {
-      sum_part(params, round, item);
+  // Where ranks disagree nothing is sent, and nobody waits for it.
+  if (__syncthreads_and(is_good)) {
+    if (comm::Receivers::has_me()) {
+      if (call.phases & comm::kReceives) sum_tokens(params, round);
+    } else if (tries_few && comm::are_few(call, sources.headers)) {
+      comm::Few& few = tables.few;
+      if (Senders::thread() == 0) comm::number(call, sources.headers, &few);
+      if (read_few(call, round, sources.headers, entry_seen, &sources.arrivals, &few)) {
+        send_few(params, round, sources.headers, ranges, &few);
+      }
+    } else if (sends) {
+      comm::for_each_part<Senders, true>(
+          call, round, taking_part, sources.headers, nullptr,
+          reinterpret_cast<comm::Span*>(shared_memory), &tables.batch, &sources.arrivals,
+          [&](u32 source, u32 expert) {
+            const u32 i = expert * kNumRanks + source;
+            const u64 range =
+                i < kKeptRanges ? ranges[i] : static_cast<u64>(params.layout_range[i]);
+            const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);
+            return comm::Span{begin, min_of(begin + count, comm::num_recv_rows(call))};
+          },
+          [&](const comm::Parts& parts) {
+            const u32 num_tokens = sources.headers[parts.source].num_tokens;
+            send_parts(params, round, parts, uses_cells(params, num_tokens));
+          });
     }
   }
   comm::finish(call, round);

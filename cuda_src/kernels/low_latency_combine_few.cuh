@@ -1,14 +1,13 @@
-// Sending and receiving of low_latency_combine.cu where tokens are few.
+// Sending of low_latency_combine.cu where tokens are few.
 //
-// NOTE: from the headers on, these share no code with other calls: what only one kind needs would
-// be fetched with what the other runs.
+// NOTE: from the headers on it shares no code with other calls: what only one kind needs would be
+// fetched with what the other runs.
 #pragma once
 
 #include "comm/choice_tables.cuh"
 #include "comm/few_choices.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
-#include "kernels/low_latency_combine_receive.cuh"
 #include "kernels/low_latency_combine_rows.cuh"
 #include "kernels/low_latency_combine_send.cuh"
 
@@ -16,17 +15,17 @@ namespace epcomm {
 
 __device__ __forceinline__ bool may_be_few(const LowLatencyCombineParams& params) {
   const comm::LowLatencyCall& call = params.call;
-  return call.phases == (comm::kSends | comm::kReceives) && comm::may_be_few(call) &&
+  return (call.phases & comm::kSends) != 0 && comm::may_be_few(call) &&
          uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kKeptRanges;
 }
 
-// Keeps the choices of all sources. entry: the thread's first, as far as it was seen. By all
-// threads; false, to all of them, where the call has failed.
+// Keeps the choices of all sources. entry: the thread's first, as far as it was seen. By senders;
+// false, to all of them, where the call has failed.
 __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const comm::Round& round,
                                          const comm::LowLatencyShape* headers,
                                          const ptx::U64Pair& entry, comm::Arrivals* arrivals,
                                          comm::Few* few) {
-  return comm::read_few_entries<true>(
+  return comm::read_few_entries<comm::Senders, true>(
       call, round, headers, entry, arrivals, [&](u32 i, i32 expert, u32 weight) {
         few->expert[i] = static_cast<u32>(expert);
         few->weight[i] = weight;
@@ -35,19 +34,16 @@ __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const
       });
 }
 
-// Sends all parts of all sources' rows where they are few. Returns which part of this rank's tokens
-// the group sums first: others than those that send, where groups are enough. By all threads; each
-// group for itself.
-__device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
-                                        const comm::Round& round,
-                                        const comm::LowLatencyShape* headers, const u64* ranges,
-                                        comm::Few* few) {
+// Sends all parts of all sources' rows where they are few. By senders; each group for itself.
+__device__ __forceinline__ void send_few(const LowLatencyCombineParams& params,
+                                         const comm::Round& round,
+                                         const comm::LowLatencyShape* headers, const u64* ranges,
+                                         comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_local = num_local_experts(call);
-  const u32 end = few->first_item[kNumRanks], step = gridDim.x * kNumGroups;
-  u32 i = blockIdx.x + gridDim.x * comm::group_index();
 #pragma unroll 1
-  for (; i < end; i += step) {
+  for (u32 i = blockIdx.x + gridDim.x * comm::group_index(); i < few->first_item[kNumRanks];
+       i += gridDim.x * kNumGroups) {
     const comm::Part part = comm::place_few(
         call, few, comm::few_item(call, *few, headers, i), [=](u32 source, u32 local, u32 entry) {
           const u64 range = ranges[local * kNumRanks + source];
@@ -58,29 +54,6 @@ __device__ __forceinline__ u32 send_few(const LowLatencyCombineParams& params,
           return row < min_of(begin + count, comm::num_recv_rows(call)) ? row : comm::kNoRow;
         });
     if (part.num_choices > 0) send_sums<8, 1>(params, round, part, true);
-  }
-  return i - end;
-}
-
-// This lane's line of a token, from choices that the block keeps. By all lanes of a warp.
-__device__ __forceinline__ Line kept_line(const comm::LowLatencyCall& call, const comm::Few& few,
-                                          u32 token) {
-  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
-  const u32 entry = few.first_entry[call.rank] + token * num_topk + lane;
-  return line_of(call, lane < num_topk ? few.expert[entry] : ~0u, 0);
-}
-
-// Sums this rank's tokens, a group's parts from first_item on. By all threads; each warp for
-// itself.
-__device__ __forceinline__ void sum_few(const LowLatencyCombineParams& params,
-                                        const comm::Round& round, const comm::Few& few,
-                                        u32 first_item) {
-  const comm::LowLatencyShape& shape = params.call.shape;
-  const u32 end = shape.num_tokens * shape.num_parts;
-#pragma unroll 1
-  for (u32 item = first_item; item < end; item += gridDim.x * kNumGroups) {
-    const Line line = kept_line(params.call, few, item / shape.num_parts);
-    sum_cells(params, round, item, __ballot_sync(kFullWarp, line.is_used));
   }
 }
 

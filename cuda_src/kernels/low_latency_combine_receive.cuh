@@ -1,6 +1,8 @@
 // Receiving of low_latency_combine.cu: whom a token's rows come from, and their sum.
 #pragma once
 
+#include "comm/cell_rows.cuh"
+#include "comm/granules.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
 #include "kernels/low_latency_combine_rows.cuh"
@@ -53,17 +55,16 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
   return line_of(call, expert, weight);
 }
 
-// Sums a part of one of this rank's tokens whose rows come in cells, from the ranks of `lines`. By
-// all threads of a group.
+// Sums what a warp has of one of this rank's tokens whose rows come in cells, from the ranks of
+// `lines`. By all lanes of the warp.
 __device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
-                                          const comm::Round& round, u32 item, u32 lines) {
+                                          const comm::Round& round, u32 token,
+                                          const Vectors& vectors, u32 lines) {
   constexpr u32 kBatch = 4;
   const comm::LowLatencyCall& call = params.call;
-  const u32 num_parts = call.shape.num_parts, token = item / num_parts;
   u8* out = params.out + u64(token) * row_bytes_of(params);
-  const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
 #pragma unroll 1
-  for (u32 at = vectors.first; at < vectors.end; at += kStep) {
+  for (u32 at = vectors.first; at < vectors.end; at += comm::kGranuleBytes) {
     Sums sums;
 #pragma unroll
     for (u32 first = 0; first < kNumRanks; first += kBatch) {
@@ -98,37 +99,21 @@ __device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
   }
 }
 
-// Sums a part of one of this rank's tokens. By all threads of a group; each warp for itself.
-__device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
-                                         const comm::Round& round, u32 item) {
+// Sums what a warp has of one of this rank's tokens, whose rows are in the slot. By all lanes of
+// the warp.
+//   lines   those that have arrived, as bits
+//   weight  that of this lane's line, by expert
+__device__ __forceinline__ void sum_rows(const LowLatencyCombineParams& params,
+                                         const comm::Round& round, u32 token,
+                                         const Vectors& vectors, u32 lines, float weight) {
   const comm::LowLatencyCall& call = params.call;
-  const u32 num_parts = call.shape.num_parts, token = item / num_parts;
-  const Line line = own_line(params, round, token);
-  const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
-  comm::Outcome outcome = comm::Outcome::kMissing;
-  if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
-    outcome = comm::Outcome::kArrived;
-    if (!is_in_cells) {
-      const u32* flag = slab::flags(call.slabs, call.rank, round.slot, lane_index()) + item;
-      outcome = comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;
-    }
-    if (outcome == comm::Outcome::kMissing) comm::mask(call, line.holder);
-  }
-  const u32 lines = __ballot_sync(kFullWarp, outcome == comm::Outcome::kArrived);
-  __syncwarp();  // a vote orders no memory: what one lane acquired, all will read
-  if (__any_sync(kFullWarp, outcome == comm::Outcome::kFailed)) return;
-  if (is_in_cells) {
-    sum_cells(params, round, item, lines);
-    return;
-  }
   const u64 line_bytes = u64(call.shape.num_max_tokens) * row_bytes_of(params);
   const u8* rows = slot_row(params, round, call.rank, 0, token);
   u8* out = params.out + u64(token) * row_bytes_of(params);
-  const Vectors vectors = vectors_of(params, item % num_parts, num_parts);
   const bool is_by_rank = call.shape.format == kByRank;
   // All lanes go round alike: weights come from other lanes.
 #pragma unroll 1
-  for (u32 at = vectors.first; __any_sync(kFullWarp, at < vectors.end); at += kStep) {
+  for (u32 at = vectors.first; __any_sync(kFullWarp, at < vectors.end); at += comm::kGranuleBytes) {
     const bool is_inside = at < vectors.end;
     Sums sums;
     if (is_by_rank) {
@@ -146,13 +131,58 @@ __device__ __forceinline__ void sum_part(const LowLatencyCombineParams& params,
     } else {
 #pragma unroll 1
       for (u32 k = 0; k < call.shape.num_topk; ++k) {
-        const float weight = __shfl_sync(kFullWarp, line.weight, k);
+        const float its_weight = __shfl_sync(kFullWarp, weight, k);
         if (is_inside && (lines >> k) & 1) {
-          sums.add(ptx::ld_no_allocate_vec16(rows + k * line_bytes + at), weight);
+          sums.add(ptx::ld_no_allocate_vec16(rows + k * line_bytes + at), its_weight);
         }
       }
     }
     if (is_inside) ptx::st_no_allocate_vec16(out + at, sums.rounded());
+  }
+}
+
+// Sums a slice of a part of one of this rank's tokens. By all lanes of a warp.
+__device__ __forceinline__ void sum_slice(const LowLatencyCombineParams& params,
+                                          const comm::Round& round, u32 item,
+                                          const comm::Slice& slice) {
+  const comm::LowLatencyCall& call = params.call;
+  const u32 num_parts = call.shape.num_parts, token = item / num_parts;
+  const Line line = own_line(params, round, token);
+  const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
+  comm::Outcome outcome = comm::Outcome::kMissing;
+  if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
+    outcome = comm::Outcome::kArrived;
+    if (!is_in_cells) {
+      const u32* flag = slab::flags(call.slabs, call.rank, round.slot, lane_index()) + item;
+      outcome = comm::await(call, comm::kLowLatencyRows, line.holder, round.epoch, flag).outcome;
+    }
+    if (outcome == comm::Outcome::kMissing) comm::mask(call, line.holder);
+  }
+  const u32 lines = __ballot_sync(kFullWarp, outcome == comm::Outcome::kArrived);
+  __syncwarp();  // a vote orders no memory: what one lane acquired, all will read
+  if (__any_sync(kFullWarp, outcome == comm::Outcome::kFailed)) return;
+  const comm::Granules part = comm::granules_of(row_bytes_of(params), item % num_parts, num_parts);
+  const Vectors vectors = vectors_of(params, comm::granules_of(part, slice), lane_index());
+  if (is_in_cells) {
+    sum_cells(params, round, token, vectors, lines);
+  } else {
+    sum_rows(params, round, token, vectors, lines, line.weight);
+  }
+}
+
+// Sums all of this rank's tokens. By receivers; each warp for itself.
+__device__ __forceinline__ void sum_tokens(const LowLatencyCombineParams& params,
+                                           const comm::Round& round) {
+  using comm::Receivers;
+  const comm::LowLatencyShape& shape = params.call.shape;
+  const u32 num_items = shape.num_tokens * shape.num_parts,
+            num_warps = gridDim.x * Receivers::kNumWarps;
+  const comm::Granules first = comm::granules_of(row_bytes_of(params), 0, shape.num_parts);
+  const u32 num_slices = comm::num_slices_of(first.end, num_items, num_warps);
+#pragma unroll 1
+  for (u32 i = blockIdx.x + gridDim.x * Receivers::warp(); i < num_items * num_slices;
+       i += num_warps) {
+    sum_slice(params, round, i / num_slices, {i % num_slices, num_slices});
   }
 }
 

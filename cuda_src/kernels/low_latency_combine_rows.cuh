@@ -1,6 +1,8 @@
 // What the kernel is told, where rows lie, and sums: see low_latency_combine.cu.
 #pragma once
 
+#include "comm/cell_rows.cuh"
+#include "comm/granules.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
 #include "ptx/convert.cuh"
@@ -71,21 +73,18 @@ struct Sums {
   }
 };
 
-// The vectors of a part that a thread of its group has: from first, kStep apart, below end.
+// Bytes of a row that some warps share, of which a thread has the vectors from first on, as many
+// vectors apart as the warps have threads, below end.
 struct Vectors {
   u32 first;
   u32 end;
 };
 
-constexpr u32 kStep = kGroupWarps * comm::kGranuleBytes;
-
-__device__ __forceinline__ Vectors vectors_of(const LowLatencyCombineParams& params, u32 part,
-                                              u32 num_parts) {
-  const u32 row_bytes = row_bytes_of(params);
-  const comm::Granules granules = comm::granules_of(row_bytes, part, num_parts);
-  const u32 thread = comm::warp_in_group() * kWarpSize + lane_index();
+// thread: among those of the warps.
+__device__ __forceinline__ Vectors vectors_of(const LowLatencyCombineParams& params,
+                                              const comm::Granules& granules, u32 thread) {
   return {granules.begin * comm::kGranuleBytes + thread * static_cast<u32>(sizeof(Vec16)),
-          min_of<u32>(granules.end * comm::kGranuleBytes, row_bytes)};
+          min_of<u32>(granules.end * comm::kGranuleBytes, row_bytes_of(params))};
 }
 
 // Whether a source's rows cross as cells.

@@ -1,12 +1,23 @@
 // Sending of low_latency_combine.cu: what this rank's experts have for a source's tokens.
 #pragma once
 
+#include "comm/cell_rows.cuh"
+#include "comm/granules.cuh"
 #include "comm/low_latency.cuh"
 #include "comm/row_parts.cuh"
 #include "common/types.cuh"
 #include "kernels/low_latency_combine_rows.cuh"
 
 namespace epcomm {
+
+// Between a thread's vectors of a part that its group sends.
+constexpr u32 kSendStep = kGroupWarps * comm::kGranuleBytes;
+
+__device__ __forceinline__ Vectors sent_vectors(const LowLatencyCombineParams& params,
+                                                const comm::Part& part) {
+  return vectors_of(params, comm::granules_of(row_bytes_of(params), part.index, part.num_parts),
+                    comm::warp_in_group() * kWarpSize + lane_index());
+}
 
 __device__ __forceinline__ const u8* expert_row(const LowLatencyCombineParams& params,
                                                 const comm::Choice& choice) {
@@ -24,9 +35,9 @@ __device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
   u64* cells =
       slab::cell_row(call.slabs, part.source, round.slot, call.rank, is_in_cells ? part.token : 0);
   u8* to = slot_row(params, round, part.source, call.rank, part.token);
-  const Vectors vectors = vectors_of(params, part.index, part.num_parts);
+  const Vectors vectors = sent_vectors(params, part);
 #pragma unroll 1
-  for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kStep) {
+  for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kSendStep) {
     Sums sums[kUnroll];
 #pragma unroll 1
     for (u32 first = 0; first < part.num_choices; first += kRows) {
@@ -39,8 +50,8 @@ __device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
         const u8* row = expert_row(params, choices[i]);
 #pragma unroll
         for (u32 j = 0; j < kUnroll; ++j) {
-          if (at + j * kStep < vectors.end) {
-            v[i][j] = ptx::ld_no_allocate_vec16(row + at + j * kStep);
+          if (at + j * kSendStep < vectors.end) {
+            v[i][j] = ptx::ld_no_allocate_vec16(row + at + j * kSendStep);
           }
         }
       }
@@ -49,7 +60,7 @@ __device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
         if (i >= number || choices[i].row == comm::kNoRow) continue;
 #pragma unroll
         for (u32 j = 0; j < kUnroll; ++j) {
-          if (at + j * kStep < vectors.end) {
+          if (at + j * kSendStep < vectors.end) {
             sums[j].add(v[i][j], ptx::as_float(choices[i].weight));
           }
         }
@@ -57,11 +68,11 @@ __device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
     }
 #pragma unroll
     for (u32 j = 0; j < kUnroll; ++j) {
-      if (at + j * kStep >= vectors.end) continue;
+      if (at + j * kSendStep >= vectors.end) continue;
       if (is_in_cells) {
-        comm::put_cells(cells, at + j * kStep, sums[j].rounded(), round.epoch);
+        comm::put_cells(cells, at + j * kSendStep, sums[j].rounded(), round.epoch);
       } else {
-        ptx::st_no_allocate_vec16(to + at + j * kStep, sums[j].rounded());
+        ptx::st_no_allocate_vec16(to + at + j * kSendStep, sums[j].rounded());
       }
     }
   }
@@ -70,21 +81,22 @@ __device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
 __device__ inline void send_row(const LowLatencyCombineParams& params, const comm::Part& part,
                                 const comm::Choice& choice, u8* to) {
   constexpr u32 kUnroll = 4;
-  const Vectors vectors = vectors_of(params, part.index, part.num_parts);
+  const Vectors vectors = sent_vectors(params, part);
   const bool is_here = choice.row != comm::kNoRow;
   const u8* row = is_here ? expert_row(params, choice) : nullptr;
 #pragma unroll 1
-  for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kStep) {
+  for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kSendStep) {
     Vec16 v[kUnroll] = {};
 #pragma unroll
     for (u32 j = 0; j < kUnroll; ++j) {
-      if (is_here && at + j * kStep < vectors.end) {
-        v[j] = ptx::ld_no_allocate_vec16(row + at + j * kStep);
+      if (is_here && at + j * kSendStep < vectors.end) {
+        v[j] = ptx::ld_no_allocate_vec16(row + at + j * kSendStep);
       }
     }
 #pragma unroll
     for (u32 j = 0; j < kUnroll; ++j) {
-      if (at + j * kStep < vectors.end) ptx::st_no_allocate_vec16(to + at + j * kStep, v[j]);
+      if (at + j * kSendStep < vectors.end)
+        ptx::st_no_allocate_vec16(to + at + j * kSendStep, v[j]);
     }
   }
 }
@@ -112,7 +124,7 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
                           round.epoch);
 }
 
-// Sends parts of a source's rows. By all threads.
+// Sends parts of a source's rows. By senders; each group for itself.
 __device__ __forceinline__ void send_parts(const LowLatencyCombineParams& params,
                                            const comm::Round& round, comm::Parts parts,
                                            bool are_in_cells) {

@@ -1,6 +1,7 @@
 // What the kernel is told, and where rows lie on their way: see low_latency_dispatch.cu.
 #pragma once
 
+#include "comm/cell_rows.cuh"
 #include "comm/fp8.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"

@@ -2,8 +2,10 @@
 // choices.
 #pragma once
 
+#include "comm/cell_rows.cuh"
 #include "comm/choices.cuh"
 #include "comm/fp8.cuh"
+#include "comm/granules.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
 #include "kernels/low_latency_dispatch_rows.cuh"
@@ -169,7 +171,7 @@ __device__ __forceinline__ void send_part(const LowLatencyDispatchParams& params
   }
 }
 
-// Sends all rows of this rank. own: the group's first part. By all threads.
+// Sends all rows of this rank. own: the group's first part. By senders; each group for itself.
 __device__ inline void send_rows(const LowLatencyDispatchParams& params, const comm::Round& round,
                                  OwnPart* own) {
   const comm::LowLatencyCall& call = params.call;

@@ -53,8 +53,6 @@ static_assert(sizeof(RouteParams) == kRouteParamsBytes, "epcomm/engines/cuda_par
 constexpr u32 kHeaderTokens = kNumAgreed;
 constexpr u32 kHeaderWorstTokens = kNumAgreed + 1;
 
-constexpr u32 kMaxThreads = 1024;
-
 // Sums over the block. Returns the sum of lower threads; total gets the sum of all.
 __device__ inline u32 exclusive_scan(u32 value, u32* total) {
   __shared__ u32 warp_sums[32];
@@ -289,7 +287,7 @@ __device__ __forceinline__ u32 turn_of(const i32* counts, u32 me, u32 source, u3
 
 }  // namespace epcomm
 
-extern "C" __global__ void __launch_bounds__(epcomm::kMaxThreads, 1)
+extern "C" __global__ void __launch_bounds__(kRouteThreads, 1)
     epcomm_route(const __grid_constant__ epcomm::RouteParams params) {
   using namespace epcomm;
   const comm::Call& call = params.call;
@@ -303,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::kMaxThreads, 1)
 
   bool is_good = comm::may_begin(call);
   bool is_bad = false;
-  __shared__ u32 starts[kMaxThreads];
+  __shared__ u32 starts[kRouteThreads];
   const auto look = [&](u32 begin, bool is_first) {
     return Span(params, begin, other, is_first ? pairs : nullptr, &is_bad, starts);
   };

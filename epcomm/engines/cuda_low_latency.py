@@ -277,7 +277,7 @@ class CudaLowLatency:
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
             *(shape.num_max_tokens, shape.hidden, shape.num_experts),
             *(num_topk, fp8.value, num_tokens),
-            self._num_parts(shape, num_tokens, 1 if is_fp8 else 2),
+            self._num_parts(shape, num_tokens, num_tokens, 1 if is_fp8 else 2),
         )
         slab = self._make_room(name, shape, told, shape.num_ranks)
         result, scales = allocate_result(request)
@@ -299,12 +299,12 @@ class CudaLowLatency:
         receive = self._start(call, request, own)
         return LowLatencyDispatchResult(scales=scales, receive=receive, **result)
 
-    def _num_parts(self, shape: LowLatencyShape, num_tokens: int, itemsize: int) -> int:
-        # Each rank has the rows of all ranks in hand: the others', too, when their tokens are as
-        # many as here.
+    def _num_parts(
+        self, shape: LowLatencyShape, num_tokens: int, num_rows: int, itemsize: int
+    ) -> int:
         return low_latency_parts(
             shape.hidden * itemsize,
-            shape.num_ranks * num_tokens,
+            num_rows,
             num_tokens,
             self._num_blocks(),
             LOW_LATENCY_GRID,
@@ -326,7 +326,8 @@ class CudaLowLatency:
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
             *(shape.num_max_tokens, shape.hidden, shape.num_experts),
             *(num_topk, request.precision.value, num_tokens),
-            self._num_parts(shape, num_tokens, BFLOAT16.itemsize),
+            # Those of all ranks, whose tokens are about as many as this one's.
+            self._num_parts(shape, num_tokens, shape.num_ranks * num_tokens, BFLOAT16.itemsize),
         )
         slab = self._make_room(name, shape, told, shape.num_ranks if is_by_rank else num_topk)
         call = _Call(

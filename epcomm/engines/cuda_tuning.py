@@ -25,7 +25,12 @@ _FURTHER_THREADS = 512
 #: How blocks of low-latency calls divide their work. Rows of up to so many tokens cross as cells:
 #: twice the bytes, which do not count yet, and no flag.
 LOW_LATENCY_GRID = LowLatencyGrid(
-    num_groups=8, group_warps=2, batch_entries=1024, kept_entries=4096, cell_tokens=16
+    num_groups=2,
+    group_warps=4,
+    receive_warps=8,
+    batch_entries=1024,
+    kept_entries=4096,
+    cell_tokens=16,
 )
 #: Bytes that a warp moves in one access.
 GRANULE_BYTES = 512
@@ -89,7 +94,7 @@ def low_latency_parts(
 
     Args:
         row_bytes: Bytes of a row as it crosses, scales apart.
-        num_rows: Rows that a rank has in hand, about.
+        num_rows: Rows that a rank sends, about, however many ranks get each.
         num_tokens: Tokens of this rank.
         num_blocks: Blocks of the kernel.
         grid: How these divide their work.

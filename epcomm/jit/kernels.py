@@ -15,6 +15,8 @@ COMBINE_DTYPES: Mapping[str, int] = MappingProxyType({"bfloat16": 0, "float16": 
 
 _DTYPE_NAMES = {"kDtypeBfloat16": 0, "kDtypeFloat16": 1, "kDtypeFloat32": 2}
 
+#: Threads of a block of route.cu and of layout.cu.
+ROUTE_THREADS = 1024
 #: Warps of a block of dispatch that fetch, at most.
 MAX_FETCH_WARPS = 8
 #: Pieces after which a warp looks whether a piece that it sent is written.
@@ -42,7 +44,8 @@ class KernelSpec:
 @cache
 def layout_spec(num_ranks: int) -> KernelSpec:
     """Return the spec of layout.cu."""
-    return _spec("layout", num_ranks, {"kLayoutParamsBytes": cuda_params.LAYOUT.itemsize})
+    own = {"kLayoutParamsBytes": cuda_params.LAYOUT.itemsize, "kRouteThreads": ROUTE_THREADS}
+    return _spec("layout", num_ranks, own)
 
 
 @cache
@@ -54,7 +57,8 @@ def agree_spec(num_ranks: int) -> KernelSpec:
 @cache
 def route_spec(num_ranks: int) -> KernelSpec:
     """Return the spec of route.cu."""
-    return _spec("route", num_ranks, {"kRouteParamsBytes": cuda_params.ROUTE.itemsize})
+    own = {"kRouteParamsBytes": cuda_params.ROUTE.itemsize, "kRouteThreads": ROUTE_THREADS}
+    return _spec("route", num_ranks, own)
 
 
 @cache
@@ -126,11 +130,12 @@ def combine_spec(
 
 @dataclass(frozen=True)
 class LowLatencyGrid:
-    """How a block of the low-latency kernels divides its work.
+    """How a block of the low-latency kernels divides its work: see comm/crews.cuh.
 
     Attributes:
-        num_groups: Groups of a block, at most 15; each moves a part of a row at a time.
+        num_groups: Groups of a block that send, at most 13; each sends a part of a row at a time.
         group_warps: Warps of a group.
+        receive_warps: Warps of a block that receive.
         batch_entries: Choices that a block has in hand at a time, at least 32.
         kept_entries: Choices of all ranks that a block keeps once it has read them; more are read
             again.
@@ -140,6 +145,7 @@ class LowLatencyGrid:
 
     num_groups: int
     group_warps: int
+    receive_warps: int
     batch_entries: int
     kept_entries: int
     cell_tokens: int
@@ -147,7 +153,7 @@ class LowLatencyGrid:
     @property
     def num_threads(self) -> int:
         """Threads of a block."""
-        return self.num_groups * self.group_warps * 32
+        return (self.num_groups * self.group_warps + self.receive_warps) * 32
 
 
 @cache
@@ -174,6 +180,7 @@ def _low_latency_spec(
         "kLowLatencyStateBytes": cuda_params.LOW_LATENCY_STATE.itemsize,
         "kNumGroups": grid.num_groups,
         "kGroupWarps": grid.group_warps,
+        "kNumReceiveWarps": grid.receive_warps,
         "kBatchEntries": grid.batch_entries,
         "kKeptEntries": grid.kept_entries,
         "kCellTokens": grid.cell_tokens,

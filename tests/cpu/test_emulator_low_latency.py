@@ -461,6 +461,25 @@ def test_blocks_of_a_combine_agree_on_who_takes_part(case: Case, world: World) -
     assert world.ranks[0].masks[_LAST] == world.ranks[_LAST].masks[0] == 1
 
 
+def test_a_rank_that_died_in_its_table_is_named(case: Case, world: World) -> None:
+    """Combine waits at once for its table and for rows of ranks that wait for that table too."""
+    inputs = [make_inputs(case, 0, rank, 6) for rank in range(case.num_ranks)]
+    ranges = np.zeros((case.num_local, case.num_ranks), np.int64)
+    for rank in world.ranks[:_LAST]:
+        rank.timeout_s = 0.5
+        write_table(case, _LAST, rank, inputs[_LAST].topk_idx, num_entries=0, call=2)
+
+    def combine(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        if rank.rank != _LAST:
+            rank.combine(case, own.rows, own.topk_idx, own.topk_weights, ranges)
+
+    failed = [error for error in world.failures(combine) if error is not None]
+    late = [error for error in failed if error.failure == "timeout"]
+    assert len(failed) == _LAST
+    assert {(error.phase, int(error.record["peer"])) for error in late} == {("tables", _LAST)}
+
+
 @pytest.mark.parametrize("call", ["dispatch", "combine"])
 def test_a_source_that_another_block_saw_and_is_gone_ends_the_call(
     case: Case, world: World, call: str

@@ -299,7 +299,7 @@ def run_round(case: Case, inputs: Sequence[Inputs], rank: Rank) -> None:
         num_worst_tokens=num_worst,
     )
     # Launched with outputs that are too small, or too large; not by all ranks at once.
-    forecast = (None, len(origins) - 1, len(origins) + 2)[int(rank.rng.integers(3))]
+    forecast = (None, len(origins) - 1, len(origins), len(origins) + 2)[int(rank.rng.integers(4))]
     if num_worst or forecast is None or forecast < 0:
         received = move()
     elif forecast < len(origins):

@@ -60,7 +60,7 @@ _COMBINE_SUM = "kernels/combine_sum.cuh"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"
 _LOW_LATENCY, _TABLES, _FP8 = "comm/low_latency.cuh", "comm/choice_tables.cuh", "comm/fp8.cuh"
 _CHOICES, _PARTS = "comm/choices.cuh", "comm/row_parts.cuh"
-_FEW = "comm/few_choices.cuh"
+_FEW, _CELLS, _GRANULES = "comm/few_choices.cuh", "comm/cell_rows.cuh", "comm/granules.cuh"
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_SEND = "kernels/low_latency_dispatch_send.cuh"
 _LL_RECEIVE = "kernels/low_latency_dispatch_receive.cuh"
@@ -453,8 +453,8 @@ FAULTS = (
     Fault(
         "low-latency dispatch: one place behind the rows is not marked",
         _LL_RECEIVE,
-        "row = end + threadIdx.x;",
-        "row = end + 1 + threadIdx.x;",
+        "row = end + Receivers::thread();",
+        "row = end + 1 + Receivers::thread();",
         "two ranks, bf16",
     ),
     Fault(
@@ -488,17 +488,31 @@ FAULTS = (
     ),
     Fault(
         "low latency: cells of earlier calls are taken",
-        _LOW_LATENCY,
+        _CELLS,
         "value[i % 2] >> 32) != epoch;",
         "value[i % 2] >> 32) == 0;",
         "eight ranks",
     ),
     Fault(
         "low latency: one half of a vector's cells is not waited for",
-        _LOW_LATENCY,
+        _CELLS,
         "for (u32 i = 4; i-- > 0;) {",
         "for (u32 i = 2; i-- > 0;) {",
         "eight ranks",
+    ),
+    Fault(
+        "low latency: a part's last granule is in none of its slices",
+        _GRANULES,
+        "min_of(part.begin + (slice.index + 1) * size, part.end)};",
+        "min_of(part.begin + (slice.index + 1) * size, part.end - 1)};",
+        "three ranks, packed",
+    ),
+    Fault(
+        "low latency: receivers do not meet between counting and placing",
+        _LL_RECEIVE,
+        "  Receivers::meet();\n  return arrivals->has_failed == 0;",
+        "  return arrivals->has_failed == 0;",
+        WATCHED_DECODING,
     ),
     Fault(
         "low latency: a source's kept choices are those of the first",

@@ -31,10 +31,10 @@ _CASTS = {
 #: Less than on a GPU, so that few tokens make many parts and batches.
 # Ranks with few tokens send cells, others flags; some cases' choices are kept, others read again.
 _GRID = kernels.LowLatencyGrid(
-    num_groups=2, group_warps=1, batch_entries=32, kept_entries=48, cell_tokens=4
+    num_groups=2, group_warps=1, receive_warps=2, batch_entries=32, kept_entries=48, cell_tokens=4
 )
 _WIDE = kernels.LowLatencyGrid(
-    num_groups=2, group_warps=2, batch_entries=64, kept_entries=32, cell_tokens=2
+    num_groups=2, group_warps=2, receive_warps=3, batch_entries=64, kept_entries=32, cell_tokens=2
 )
 
 
@@ -176,7 +176,7 @@ CASES = (
 
 #: What ThreadSanitizer watches.
 _WATCHED_GRID = kernels.LowLatencyGrid(
-    num_groups=2, group_warps=1, batch_entries=32, kept_entries=32, cell_tokens=3
+    num_groups=2, group_warps=1, receive_warps=2, batch_entries=32, kept_entries=32, cell_tokens=3
 )
 WATCHED_CASES = (
     Case("watched decoding", (4, 3), 4, fp8=_FLOAT, num_rounds=2, grid=_WATCHED_GRID),
