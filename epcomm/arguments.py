@@ -90,7 +90,8 @@ def view_of(
         raise InvalidArgument(
             f"{name} is {view.dtype.name}; {_dtype_rule(name, dtypes, is_output)}"
         )
-    if view.device != place.device:
+    # Devices are compared by their fields, in Python; nearly always it is the same object.
+    if view.device is not place.device and view.device != place.device:
         raise InvalidArgument(
             f"{name} is on {view.device}, but this Buffer works on {place.device}; move the "
             f"array there, or make the Buffer with {_options_for(view.device, place.device)}."
@@ -122,7 +123,7 @@ def _fits(shape: tuple[int, ...], rule: tuple[int | str, ...]) -> bool:
     if len(shape) != len(rule):
         return False
     for axis, want in enumerate(rule):
-        if shape[axis] != want and not isinstance(want, str):
+        if not isinstance(want, str) and shape[axis] != want:
             return False
     return True
 
@@ -425,7 +426,7 @@ def view_combine(
     if len(biases) > 2:
         raise InvalidArgument(f"bias has {len(biases)} arrays; pass none, one or two.")
     shape = (handle.num_tokens, data.shape[1])
-    views = tuple(
+    views = [
         view_of(
             one,
             f"bias[{i}]",
@@ -435,8 +436,8 @@ def view_combine(
             shape_is="as many rows as the handle's dispatch had tokens here, each as long as x's",
         )
         for i, one in enumerate(biases)
-    )
-    return CombineViews(data, weights, views)
+    ]
+    return CombineViews(data, weights, tuple(views))
 
 
 def low_latency_shape(

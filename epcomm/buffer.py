@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from epcomm import arguments, env, topology
 from epcomm.arguments import KnownLayout, Place, view_of
-from epcomm.arrays import CPU, ArrayView, Device, packed_strides
+from epcomm.arrays import CPU, ArrayView, gpu, packed_strides
 from epcomm.config import Config, check_num_sms
 from epcomm.engines import choose_engine
 from epcomm.engines.base import (
@@ -119,7 +119,7 @@ class Buffer(LowLatencyCalls):
         self.timeout_s = settings.timeout_s if timeout_s is None else _seconds(timeout_s)
         wanted = arguments.engine_name(engine or settings.engine)
         name = choose_engine(wanted)  # before any peer is touched
-        gpu = None if device is None else _gpu_number(device)
+        number = None if device is None else _gpu_number(device)
         ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
         self.group_size = ranks.size
@@ -136,9 +136,9 @@ class Buffer(LowLatencyCalls):
             self.timeout_s,
         )
         self._topology = topology.discover(ranks, settings, self.timeout_s)
-        if name == "cuda" and gpu is None:
-            gpu = current_gpu()
-        self._place = Place(CPU if gpu is None else Device("cuda", gpu), ranks.size)
+        if name == "cuda" and number is None:
+            number = current_gpu()
+        self._place = Place(CPU if number is None else gpu(number), ranks.size)
         setup = EngineSetup(
             device=self._place.device,
             num_bytes=self.num_nvl_bytes,
@@ -292,9 +292,9 @@ class Buffer(LowLatencyCalls):
         )
         framework = framework_of(topk_idx, "topk_idx")
         with engine.active():
-            order = self._begin(framework, previous_event, async_finish, [topk_idx])
+            order = self._begin(engine, framework, previous_event, async_finish, [topk_idx])
             layout = engine.make_layout(idx, experts, self._allocate(framework, order))
-            event = self._end(framework, order, (topk_idx, layout))
+            event = self._end(engine, framework, order, (topk_idx, layout))
         per_node = layout.num_tokens_per_node
         # What JAX returns is never what comes back: another array over the same memory.
         self._known_layout = KnownLayout(framework, idx, layout) if framework.is_mutable else None
@@ -383,7 +383,12 @@ class Buffer(LowLatencyCalls):
             topk = arguments.view_topk(topk_idx, topk_weights, num_tokens, place, known_layout)
             given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
             if num_experts is not None:
-                if topk is None or any(array is not None for array in given):
+                if (
+                    topk is None
+                    or num_tokens_per_rank is not None
+                    or num_tokens_per_expert is not None
+                    or is_token_in_rank is not None
+                ):
                     raise InvalidArgument(
                         "num_experts= stands for the layout arrays: pass it with topk_idx and "
                         "without num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank."
@@ -403,7 +408,7 @@ class Buffer(LowLatencyCalls):
         alignment = arguments.whole_number(expert_alignment, "expert_alignment", 1)
         num_rows = arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0)
         with engine.active():
-            order = self._begin(framework, previous_event, async_finish, inputs)
+            order = self._begin(engine, framework, previous_event, async_finish, inputs)
             request = DispatchRequest(
                 data=data,
                 scales=scales,
@@ -418,7 +423,7 @@ class Buffer(LowLatencyCalls):
                 num_experts=experts,
             )
             result = engine.dispatch(request)
-            event = self._end(framework, order, (inputs, result))
+            event = self._end(engine, framework, order, (inputs, result))
         recv_x = _finish(framework, result.data, result.scales)
         if handle is not None:
             return recv_x, None, None, None, None, event
@@ -482,7 +487,7 @@ class Buffer(LowLatencyCalls):
         views = arguments.view_combine(x, known, topk_weights, bias, self._place)
         inputs = [x, topk_weights, bias]
         with engine.active():
-            order = self._begin(framework, previous_event, async_finish, inputs)
+            order = self._begin(engine, framework, previous_event, async_finish, inputs)
             request = CombineRequest(
                 data=views.data,
                 topk_weights=views.topk_weights,
@@ -493,7 +498,7 @@ class Buffer(LowLatencyCalls):
                 chunks=_chunks_of(config),
             )
             result = engine.combine(request)
-            event = self._end(framework, order, (inputs, known, result))
+            event = self._end(engine, framework, order, (inputs, known, result))
         weights = result.topk_weights
         return (
             framework.finish(result.data),
@@ -505,6 +510,7 @@ class Buffer(LowLatencyCalls):
 
     def _begin(
         self,
+        engine: Engine,
         framework: Framework,
         previous_event: EventOverlap | None,
         async_finish: bool,
@@ -520,12 +526,13 @@ class Buffer(LowLatencyCalls):
             previous_event=None if previous_event is None else previous_event.event,
             is_async=async_finish,
         )
-        self._open().begin(order)
+        engine.begin(order)
         return order
 
-    def _end(self, framework: Framework, order: StreamOrder, keep: Any) -> EventOverlap:
+    def _end(
+        self, engine: Engine, framework: Framework, order: StreamOrder, keep: Any
+    ) -> EventOverlap:
         """Order the caller's work after the call; return the call's event."""
-        engine = self._open()
         event = engine.end(order, keep)
         if not framework.has_streams:
             engine.synchronize()
@@ -535,13 +542,13 @@ class Buffer(LowLatencyCalls):
         handle = EventHandle.of(event, lambda: framework.current_stream(device))
         return EventOverlap(handle, (keep,))
 
-    def _allocate(self, framework: Framework, order: StreamOrder | None) -> Allocate:
-        device = self._place.device
+    def _allocate(self, framework: Framework, order: StreamOrder) -> Allocate:
+        device, empty = self._place.device, framework.empty
         stream = None
-        if order is not None and not order.waits_for_current:
+        if not order.waits_for_current:
             comm_stream = self._open().comm_stream()
             stream = None if comm_stream is None else comm_stream.ptr
-        return lambda shape, dtype: framework.empty(shape, dtype, device, stream)
+        return lambda shape, dtype: empty(shape, dtype, device, stream)
 
 
 def _agree_on_setup(group: Group, mine: dict[str, Any], timeout_s: float) -> None:

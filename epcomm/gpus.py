@@ -5,9 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
+from typing import Any
 
 #: Bulk copies came with compute capability 9.0.
 FIRST_BULK_ARCH = 90
+
+
+@cache
+def load_cupy() -> Any:
+    """Return CuPy, for what every call does: an import statement takes four times as long."""
+    import cupy
+
+    return cupy
 
 
 @cache
@@ -28,9 +37,8 @@ def find_num_gpus() -> int:
 
 def current_gpu() -> int:
     """Return the number of the GPU that is current in this thread."""
-    import cupy
-
-    return int(cupy.cuda.runtime.getDevice())
+    number: int = load_cupy().cuda.runtime.getDevice()
+    return number
 
 
 def has_bulk_copies() -> bool:

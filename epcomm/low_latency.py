@@ -38,14 +38,21 @@ class LowLatencyCalls:
         raise NotImplementedError
 
     def _begin(
-        self, framework: Framework, previous_event: Any, async_finish: bool, inputs: Sequence[Any]
+        self,
+        engine: Engine,
+        framework: Framework,
+        previous_event: Any,
+        async_finish: bool,
+        inputs: Sequence[Any],
     ) -> StreamOrder:
         raise NotImplementedError
 
-    def _end(self, framework: Framework, order: StreamOrder, keep: Any) -> EventOverlap:
+    def _end(
+        self, engine: Engine, framework: Framework, order: StreamOrder, keep: Any
+    ) -> EventOverlap:
         raise NotImplementedError
 
-    def _allocate(self, framework: Framework, order: StreamOrder | None) -> Allocate:
+    def _allocate(self, framework: Framework, order: StreamOrder) -> Allocate:
         raise NotImplementedError
 
     @staticmethod
@@ -152,7 +159,7 @@ class LowLatencyCalls:
             INT64,
         )
         with engine.active():
-            order = self._begin(framework, None, async_finish, [x, topk_idx])
+            order = self._begin(engine, framework, None, async_finish, [x, topk_idx])
             request = LowLatencyDispatchRequest(
                 data=data,
                 topk_idx=idx,
@@ -166,7 +173,7 @@ class LowLatencyCalls:
             result = engine.low_latency_dispatch(request)
             if not return_recv_hook:
                 result.receive()
-            event = self._end(framework, order, (x, topk_idx, result))
+            event = self._end(engine, framework, order, (x, topk_idx, result))
         recv_x = framework.finish(result.data)
         if result.scales is not None:
             recv_x = recv_x, framework.finish(_rows_innermost(result.scales))
@@ -194,9 +201,9 @@ class LowLatencyCalls:
         def hook() -> None:
             engine = self._open()
             with engine.active():
-                order = self._begin(framework, None, False, [])
+                order = self._begin(engine, framework, None, False, [])
                 receive()
-                self._end(framework, order, (receive, keep))
+                self._end(engine, framework, order, (receive, keep))
 
         return hook
 
@@ -270,7 +277,7 @@ class LowLatencyCalls:
             INT64,
         )
         with engine.active():
-            order = self._begin(framework, None, async_finish, [x, topk_idx, topk_weights])
+            order = self._begin(engine, framework, None, async_finish, [x, topk_idx, topk_weights])
             out_view = given_out or self._allocate(framework, order)(out_shape, BFLOAT16)
             request = LowLatencyCombineRequest(
                 data=data,
@@ -287,7 +294,7 @@ class LowLatencyCalls:
             receive = engine.low_latency_combine(request)
             if not return_recv_hook:
                 receive()
-            event = self._end(framework, order, (x, topk_idx, topk_weights, request))
+            event = self._end(engine, framework, order, (x, topk_idx, topk_weights, request))
         combined = framework.finish(out_view) if out is None else out
         hook = self._hook(framework, receive, request) if return_recv_hook else None
         return combined, event, hook
@@ -333,9 +340,9 @@ class LowLatencyCalls:
             raise InvalidArgument("mask_status is None; pass a [num_ranks] int32 array to write.")
         framework = framework_of(mask_status, "mask_status")
         with engine.active():
-            order = self._begin(framework, None, False, [])
+            order = self._begin(engine, framework, None, False, [])
             engine.copy_masks(status)
-            self._end(framework, order, mask_status)
+            self._end(engine, framework, order, mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Unmask every rank."""

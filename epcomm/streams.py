@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from epcomm.gpus import load_cupy
+
 
 def current_stream() -> int | None:
     """Return the handle of the caller's current stream, or None where no framework uses a GPU.
@@ -23,29 +25,21 @@ def current_stream() -> int | None:
 
 def record(stream: int) -> Any:
     """Return an event recorded now on a stream."""
-    import cupy
-
-    event = cupy.cuda.Event(block=False, disable_timing=True)
-    cupy.cuda.runtime.eventRecord(event.ptr, stream)
+    event = load_cupy().cuda.Event(block=False, disable_timing=True)
+    record_again(event, stream)
     return event
 
 
 def record_again(event: Any, stream: int) -> None:
     """Record an event anew: who waits for it already waits for the earlier moment still."""
-    import cupy
-
-    cupy.cuda.runtime.eventRecord(event.ptr, stream)
+    load_cupy().cuda.runtime.eventRecord(event.ptr, stream)
 
 
 def wait(stream: int, event: Any) -> None:
     """Make a stream wait for an event."""
-    import cupy
-
-    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+    load_cupy().cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
 def is_capturing(stream: int) -> bool:
     """Return whether a stream's work is being captured in a graph."""
-    import cupy
-
-    return bool(cupy.cuda.runtime.streamIsCapturing(stream))
+    return bool(load_cupy().cuda.runtime.streamIsCapturing(stream))

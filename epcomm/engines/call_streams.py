@@ -60,7 +60,8 @@ class CallStreams:
         current, previous = order.current_stream, order.previous_event
         waits = current is not None and order.waits_for_current
         if current is not None and waits and previous is None and not order.is_async:
-            self.stream = StreamHandle(current)
+            if self.stream.ptr != current:
+                self.stream = StreamHandle(current)
         else:
             self.stream = self._comm_stream
             if previous is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from epcomm import cuda_layout
 from epcomm.arrays import DTYPE_INDEX, DTYPE_NAME
@@ -20,6 +20,7 @@ class SumForm(NamedTuple):
     """What follows from the forms of a combine's arrays, however many tokens there are.
 
     Attributes:
+        agreed: What ranks agree in, but for the call and the handle.
         row_bytes: Bytes of a row.
         slot_row_bytes: Bytes of a row and its weights, as they cross.
         num_topk: Weights that travel with a row.
@@ -29,6 +30,7 @@ class SumForm(NamedTuple):
         shared_bytes: Dynamic shared memory of a block.
     """
 
+    agreed: tuple[int, ...]
     row_bytes: int
     slot_row_bytes: int
     num_topk: int
@@ -47,9 +49,23 @@ def sum_form_of(request: CombineRequest, num_ranks: int, has_bulk: bool) -> SumF
         has_bulk: Whether the GPU has bulk copies.
     """
     data, weights = request.data, request.topk_weights
-    num_topk = weights.shape[1] if weights is not None else 0
-    row_bytes = data.shape[1] * data.dtype.itemsize
+    num_topk = 0 if weights is None else weights.shape[1]
     has_further = request.further_sums is not None
+    return _sum_form_of(num_ranks, has_bulk, data.shape[1], data.dtype, num_topk, has_further)
+
+
+@lru_cache(maxsize=256)
+def _sum_form_of(
+    num_ranks: int,
+    has_bulk: bool,
+    hidden: int,
+    dtype: np.dtype[Any],
+    num_topk: int,
+    has_further: bool,
+) -> SumForm:
+    """Return the form of a combine; a model's layers share a few of them."""
+    agreed = Agreed(call=0, handle=0, hidden=hidden, dtype=DTYPE_INDEX[dtype], num_topk=num_topk)
+    row_bytes = hidden * dtype.itemsize
     unit_rows = cuda_tuning.unit_rows(row_bytes)
     shape = cuda_tuning.combine_shape(num_ranks, row_bytes, has_further)
     ring_bytes = cuda_tuning.ring_bytes(
@@ -57,11 +73,12 @@ def sum_form_of(request: CombineRequest, num_ranks: int, has_bulk: bool) -> SumF
     )
     has_bulk = has_bulk and ring_bytes <= cuda_tuning.MAX_RING_BYTES
     return SumForm(
+        agreed=agreed[2:],
         row_bytes=row_bytes,
         slot_row_bytes=cuda_layout.slot_row_bytes(row_bytes, num_topk),
         num_topk=num_topk,
         unit_rows=unit_rows,
-        spec=kernels.combine_spec(num_ranks, has_bulk, DTYPE_NAME[data.dtype], shape, has_further),
+        spec=kernels.combine_spec(num_ranks, has_bulk, DTYPE_NAME[dtype], shape, has_further),
         num_threads=shape.num_threads,
         shared_bytes=ring_bytes if has_bulk else 0,
     )
@@ -69,14 +86,8 @@ def sum_form_of(request: CombineRequest, num_ranks: int, has_bulk: bool) -> SumF
 
 def combine_header(request: CombineRequest, form: SumForm) -> bytes:
     """Return the header of a call."""
-    agreed = Agreed(
-        call=cuda_failures.CALL_INDEX["combine"],
-        handle=request.handle.serial,
-        hidden=request.data.shape[1],
-        dtype=DTYPE_INDEX[request.data.dtype],
-        num_topk=form.num_topk,
-    )
-    return cuda_params.HEADER.pack(*agreed, request.handle.num_tokens, 0)
+    index, handle = cuda_failures.CALL_INDEX["combine"], request.handle
+    return cuda_params.HEADER.pack(index, handle.serial, *form.agreed, handle.num_tokens, 0)
 
 
 def make_sums(request: CombineRequest) -> CombineResult:
@@ -98,12 +109,12 @@ def combine_params(
     tables: Tables,
     form: SumForm,
     out: CombineResult,
-) -> npt.NDArray[np.void]:
+) -> bytes:
     """Return the kernel's argument.
 
     Args:
-        call: CALL as bytes.
-        header: The header as bytes.
+        call: See `cuda_params.pack`.
+        header: See there.
         request: The call's arguments.
         tables: Routes of the dispatch that is undone.
         form: Of the call.
@@ -118,16 +129,9 @@ def combine_params(
         further_weights = 0 if further.topk_weights is None else further.topk_weights.ptr
         further_in = (further.data.ptr, further_weights, further.places.ptr)
         num_further = further.places.shape[1]
-    bias_ptrs = [bias.ptr for bias in request.biases] + [0, 0]
-    return cuda_params.pack(
-        cuda_params.COMBINE,
-        call,
-        header,
-        (
-            *(request.data.ptr, weights_in, *bias_ptrs[:2], out.data.ptr, weights_out),
-            *(tables.positions, tables.counts, tables.summary),
-            *further_in,
-            *(request.handle.num_tokens, form.row_bytes, form.num_topk, form.unit_rows),
-            *(num_further, 0),
-        ),
-    )
+    bias_ptrs = (*[bias.ptr for bias in request.biases], 0, 0)[:2]
+    arrays = (request.data.ptr, weights_in, *bias_ptrs, out.data.ptr, weights_out)
+    routes = (tables.positions, tables.counts, tables.summary)
+    sizes = (request.handle.num_tokens, form.row_bytes, form.num_topk, form.unit_rows)
+    values = arrays + routes + further_in + sizes + (num_further, 0)
+    return cuda_params.pack(cuda_params.COMBINE, call, header, values)

@@ -14,9 +14,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from epcomm.errors import CommTimeout, failed_before
 from epcomm.group import Group
 from epcomm.jit.compile import load_function
@@ -96,7 +93,7 @@ class PeerLauncher:
         stream: Any,
         num_blocks: int,
         num_threads: int,
-        params: npt.NDArray[np.void],
+        params: bytes,
         shared_bytes: int = 0,
         meets: bool = True,
         can_mask: bool = False,

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from epcomm.cuda_layout import (
     AGREED,
@@ -66,8 +65,14 @@ CALL = np.dtype(
     align=True,
 )
 
-#: The header of a call: what ranks agree in, tokens of this rank, num_worst_tokens, and zeros.
-HEADER = struct.Struct(f"={len(AGREED) + 2}i{(HEADER_WORDS - len(AGREED) - 2) * 4}x")
+#: Bytes of CALL before the header of a call.
+CALL_BYTES: int = CALL.fields["header"][1] if CALL.fields else 0
+#: The header, and so the rest of CALL: what ranks agree in, tokens of this rank, num_worst_tokens,
+#: and zeros.
+_NUM_HEADER_VALUES = len(AGREED) + 2
+HEADER = struct.Struct(
+    f"={_NUM_HEADER_VALUES}i{CALL.itemsize - CALL_BYTES - 4 * _NUM_HEADER_VALUES}x"
+)
 
 HOST_SUMMARY = np.dtype(
     [
@@ -279,14 +284,9 @@ def _codes(dtype: np.dtype[Any]) -> str:
 
 @cache
 def _packer(dtype: np.dtype[Any], first: int) -> struct.Struct:
-    """Return the packer of all fields but the first ones."""
-    names = dtype.names or ()
-    return packer_of(dtype, *names[first:])
-
-
-def packer_of(dtype: np.dtype[Any], *names: str) -> struct.Struct:
-    """Return the packer of neighbouring fields of a struct, nested ones spread out."""
+    """Return the packer of all fields but the first ones, nested ones spread out."""
     fields: Any = dtype.fields or {}
+    names = (dtype.names or ())[first:]
     packer = struct.Struct("=" + "".join(_codes(fields[name][0]) for name in names))
     size, all_sizes = (sum(fields[name][0].itemsize for name in some) for some in (names, fields))
     if packer.size != size or all_sizes != dtype.itemsize:
@@ -294,47 +294,20 @@ def packer_of(dtype: np.dtype[Any], *names: str) -> struct.Struct:
     return packer
 
 
-def pack_all(dtype: np.dtype[Any], values: Sequence[int]) -> npt.NDArray[np.void]:
+def pack_all(dtype: np.dtype[Any], values: Sequence[int]) -> bytes:
     """Return a kernel's argument from the values of all its fields, nested ones spread out."""
-    return _plain(_packer(dtype, 0).pack(*values))
+    return _packer(dtype, 0).pack(*values)
 
 
-def _plain(data: bytes) -> npt.NDArray[np.void]:
-    # As plain bytes: CuPy would take the fields of a structured dtype apart at each launch.
-    return np.ndarray((), _bytes_dtype(len(data)), data)
-
-
-@cache
-def _bytes_dtype(num_bytes: int) -> np.dtype[np.void]:
-    return np.dtype((np.void, num_bytes))
-
-
-def pack(
-    dtype: np.dtype[Any], call: bytes, header: bytes, values: Sequence[int]
-) -> npt.NDArray[np.void]:
-    """Return a kernel's argument, zero-dimensional.
+def pack(dtype: np.dtype[Any], call: bytes, header: bytes, values: Sequence[int]) -> bytes:
+    """Return a kernel's argument.
 
     NOTE: filling a structured array field by field takes longer than launching the kernel.
 
     Args:
         dtype: AGREE, ROUTE, DISPATCH or COMBINE.
-        call: CALL as bytes; its header is replaced.
-        header: The header as bytes.
+        call: The CALL_BYTES of CALL in front of the header.
+        header: HEADER as bytes.
         values: Every field behind ``call``, in order, subarrays spread out.
     """
-    return join(call, header, _packer(dtype, 1).pack(*values))
-
-
-def join(call: bytes, header: bytes, *parts: bytes) -> npt.NDArray[np.void]:
-    """Return a kernel's argument as `pack` does, of packed fields behind ``call``."""
-    end = _HEADER_OFFSET + len(header)
-    return _plain(b"".join((call[:_HEADER_OFFSET], header, call[end:], *parts)))
-
-
-_HEADER_OFFSET: int = CALL.fields["header"][1] if CALL.fields else 0
-
-_DISPATCH_NAMES = DISPATCH.names or ()
-#: What stands behind ``call`` in DISPATCH, in three parts: the outputs are known last.
-DISPATCH_SOURCES = packer_of(DISPATCH, *_DISPATCH_NAMES[1:5])
-DISPATCH_OUTPUTS = packer_of(DISPATCH, *_DISPATCH_NAMES[5:11])
-DISPATCH_REST = packer_of(DISPATCH, *_DISPATCH_NAMES[11:])
+    return call + header + _packer(dtype, 1).pack(*values)

@@ -38,7 +38,7 @@ class Room:
     Attributes:
         areas: How every slab is divided.
         slabs: The slabs.
-        call: The part of every kernel's argument that only changes when slabs grow.
+        call: What every kernel's argument begins with; it only changes when slabs grow.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Room:
         call["state"], call["record"] = self._state, self._record
         call["timeout_ns"] = int(self._timeout_s * 1e9)
         call["rank"] = self._group.rank
-        self.call = call.tobytes()
+        self.call = call.tobytes()[: cuda_params.CALL_BYTES]
 
     def needs(self, num_tokens: int, staged_row_bytes: int, slot_row_bytes: int) -> Areas:
         """Return what a call needs of all slabs; see `epcomm.cuda_layout.areas_for`."""

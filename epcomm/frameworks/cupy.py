@@ -15,10 +15,6 @@ from epcomm.errors import InvalidArgument
 _STORED_AS = {dtype: np.dtype(np.uint8) for dtype in DTYPES if "float8" in dtype.name}
 
 
-def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return _STORED_AS.get(dtype, dtype)
-
-
 class CupyFramework:
     """See `epcomm.frameworks.Framework`."""
 
@@ -43,7 +39,7 @@ class CupyFramework:
         """Make memory for an output."""
         if device.kind != "cuda":
             raise InvalidArgument(f"CuPy has no memory on {device}; pass NumPy arrays there.")
-        array = cupy.empty(shape, _stored(dtype))
+        array = cupy.empty(shape, _STORED_AS.get(dtype, dtype))
         return ArrayView(array.data.ptr, shape, array.strides, dtype, device, False, array)
 
     def is_unchanged(self, view: ArrayView) -> bool:
@@ -61,7 +57,8 @@ class CupyFramework:
         else:
             memory = cupy.cuda.UnownedMemory(view.ptr, view.num_bytes, owner)
             pointer = cupy.cuda.MemoryPointer(memory, 0)
-        return cupy.ndarray(view.shape, _stored(view.dtype), pointer, view.strides)
+        dtype = _STORED_AS.get(view.dtype, view.dtype)
+        return cupy.ndarray(view.shape, dtype, pointer, view.strides)
 
     def current_stream(self, device: Device) -> int | None:
         """Return the handle of the current stream."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from epcomm.arrays import DTYPES, ArrayView, Device
+from epcomm.arrays import CPU, DTYPES, ArrayView, Device, gpu
 from epcomm.errors import InvalidArgument
 
 # torch calls them as NumPy does; an older one has not all of them.
@@ -45,7 +45,7 @@ def _device_of(device: torch.device) -> Device | None:
     """Return epcomm's name for one of torch's devices; None where it takes no tensors."""
     if device.type not in ("cpu", "cuda"):
         return None
-    return Device(device.type, device.index or 0)
+    return CPU if device.type == "cpu" else gpu(device.index or 0)
 
 
 def _strides(tensor: torch.Tensor, dtype: np.dtype[Any]) -> tuple[int, ...]:

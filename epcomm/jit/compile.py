@@ -7,18 +7,35 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from epcomm.env import kernel_cache_dir
 from epcomm.errors import CompileError
+from epcomm.gpus import current_gpu
 from epcomm.jit.kernels import KernelSpec
 from epcomm.jit.sources import source_dir, source_hash
 
-_lock = threading.Lock()
-_functions: dict[tuple[int, KernelSpec], tuple[Any, int]] = {}
-
 #: What every kernel may use without asking.
 _DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+class _Loaded(NamedTuple):
+    """A kernel on a device.
+
+    Attributes:
+        function: What launches name it by.
+        shared_bytes: Dynamic shared memory that a block may have.
+        kernel: A cupy.RawKernel; the function is there as long as it is.
+    """
+
+    function: int
+    shared_bytes: int
+    kernel: Any
+
+
+_lock = threading.Lock()
+#: By device and spec; for good, as captured graphs may name any.
+_loaded: dict[tuple[int, KernelSpec], _Loaded] = {}
 
 
 def options_for(spec: KernelSpec) -> tuple[str, ...]:
@@ -34,8 +51,8 @@ def options_for(spec: KernelSpec) -> tuple[str, ...]:
     )
 
 
-def load_function(spec: KernelSpec, shared_bytes: int) -> Any:
-    """Return a kernel for the current device, compiled where no cache has it.
+def load_function(spec: KernelSpec, shared_bytes: int) -> int:
+    """Return the handle of a kernel for the current device, compiled where no cache has it.
 
     Args:
         spec: The kernel.
@@ -44,17 +61,22 @@ def load_function(spec: KernelSpec, shared_bytes: int) -> Any:
     Raises:
         CompileError: The compiler refused; the message holds its log.
     """
-    import cupy
-
-    key = (cupy.cuda.runtime.getDevice(), spec)
-    loaded = _functions.get(key)
-    if loaded is None or loaded[1] < shared_bytes:
+    key = (current_gpu(), spec)
+    loaded = _loaded.get(key)
+    if loaded is None or loaded.shared_bytes < shared_bytes:
         with _lock, one_process_compiles(spec):
-            kernel = _compile(spec)
-            kernel.max_dynamic_shared_size_bytes = max(shared_bytes, _DEFAULT_SHARED_BYTES)
-            loaded = kernel.kernel, max(shared_bytes, _DEFAULT_SHARED_BYTES)
-            _functions[key] = loaded
-    return loaded[0]
+            loaded = _load(spec, max(shared_bytes, _DEFAULT_SHARED_BYTES), _loaded.get(key))
+            _loaded[key] = loaded
+    return loaded.function
+
+
+def _load(spec: KernelSpec, shared_bytes: int, before: _Loaded | None) -> _Loaded:
+    """Return a kernel whose blocks may have so much shared memory; more, if they might before."""
+    kernel = _compile(spec) if before is None else before.kernel
+    if before is not None:
+        shared_bytes = max(shared_bytes, before.shared_bytes)
+    kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return _Loaded(int(kernel.kernel.ptr), shared_bytes, kernel)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from epcomm.arrays import empty_aligned, view_numpy
 from epcomm.cuda_layout import MAX_LOCAL_EXPERTS
 from epcomm.engines import cuda_failures, cuda_params
 from epcomm.engines.base import CombineRequest, DispatchInto, DispatchRequest, LayoutViews, TopK
-from epcomm.engines.cuda_dispatch import Launch
+from epcomm.engines.cuda_limits import Limits
 from epcomm.errors import CommTimeout, InvalidArgument, RankMismatch, TransportError
 from epcomm.handle import DispatchHandle
 
@@ -30,19 +30,38 @@ def engine() -> Any:
     """An engine of which nothing was made but what its host code looks at."""
     made = cuda.CudaEngine.__new__(cuda.CudaEngine)
     made._group = SimpleNamespace(rank=0, size=2, check=lambda: None)
-    made._device, made._num_multiprocessors, made._timeout_s = 0, 132, 5.0
-    made._num_sms = lambda: 20
+    made._device, made._timeout_s = 0, 5.0
+    made._limits = make_limits()
     made._record = np.zeros((), cuda_params.FAILURE_RECORD)
-    made._summary = np.zeros((), cuda_params.HOST_SUMMARY)
-    made._room = SimpleNamespace(
-        slabs=SimpleNamespace(num_sharing=1, are_threads=False), needs=lambda *args: None
-    )
+    made._room = SimpleNamespace()
     made._streams = SimpleNamespace(is_capturing=False)
-    made._forecast, made._ahead = cuda.RowForecast(), None
     made._names = (0, 1)
     made._is_closed = True
     made._wait_call = lambda: None
     return made
+
+
+def make_limits(num_sharing: int = 1) -> Limits:
+    """Return the limits of a GPU of 132 multiprocessors, of which calls use 20."""
+    return Limits(0, 132, num_sharing, num_ranks=2, num_sms=lambda: 20)
+
+
+def wait_counts(engine: Any, summary: Any = None) -> tuple[int, int]:
+    """Begin with a dispatch; return the rows that arrive, and the most tokens of any rank."""
+    if summary is None:
+        summary = np.zeros((), cuda_params.HOST_SUMMARY)
+    counts = cuda.Counts(
+        *(summary, engine._names[0], engine._timeout_s),
+        check=engine._check_call,
+        can_move_ahead=True,
+    )
+    assert counts.begin() == (summary.ctypes.data, 1)
+    request = make_request()._replace(
+        allocate=lambda shape, dtype: view_numpy(np.zeros(shape, dtype))
+    )
+    outputs, num_recv, max_tokens = counts.move(request, lambda *args: None, lambda tokens: False)
+    assert outputs.data.shape[0] == num_recv
+    return num_recv, max_tokens
 
 
 @pytest.mark.parametrize("failure", [BAD_EXPERT, EXPERT_TWICE])
@@ -51,15 +70,16 @@ def test_a_bad_choice_does_not_end_a_dispatch_between_its_kernels(
 ) -> None:
     """Peers have begun the same dispatch: it is told once this rank has made its part."""
     engine._record["failure"] = failure
+    summary = np.zeros((), cuda_params.HOST_SUMMARY)
 
     def tell() -> None:
         time.sleep(0.05)
-        engine._summary["num_recv"], engine._summary["max_tokens"] = 7, 9
-        engine._summary["ticket"] = 3
+        summary["num_recv"], summary["max_tokens"] = 7, 9
+        summary["ticket"] = 1
 
     kernel = threading.Thread(target=tell)
     kernel.start()
-    assert engine._wait_counts(3) == (7, 9)
+    assert wait_counts(engine, summary) == (7, 9)
     kernel.join()
     with pytest.raises(InvalidArgument, match="topk_idx"):
         engine._raise_failures()
@@ -68,14 +88,14 @@ def test_a_bad_choice_does_not_end_a_dispatch_between_its_kernels(
 def test_what_all_ranks_share_ends_a_dispatch(engine: Any) -> None:
     engine._record["failure"] = MISMATCH
     with pytest.raises(RankMismatch):
-        engine._wait_counts(3)
+        wait_counts(engine)
 
 
 def test_bad_choices_of_a_rank_end_its_dispatch_on_all(engine: Any) -> None:
     engine._names = (4, 6)
     engine._record["failure"], engine._record["peer"] = BAD_CHOICES, 1
     with pytest.raises(InvalidArgument, match="topk_idx of rank 6"):
-        engine._wait_counts(3)
+        wait_counts(engine)
     engine._raise_failures()  # nothing is left half done
 
 
@@ -88,7 +108,7 @@ def test_failures_that_end_a_call() -> None:
 def test_combine_refuses_sms_before_it_touches_a_peer(
     engine: Any, num_sharing: int, num_sms: int
 ) -> None:
-    engine._room.slabs.num_sharing = num_sharing
+    engine._limits = make_limits(num_sharing)
     engine._room.make = lambda *args: pytest.fail("slabs were to grow")
     handle = DispatchHandle(
         buffer_id=1, serial=1, num_tokens=4, num_recv_rows=4, num_recv_tokens=4, routing=None
@@ -105,10 +125,11 @@ def test_combine_refuses_sms_before_it_touches_a_peer(
         engine.combine(request)
 
 
-def test_threads_that_share_a_gpu_share_its_multiprocessors(engine: Any) -> None:
-    engine._room.slabs.num_sharing = 8
-    assert engine._num_blocks(None) == 16
-    assert engine._num_blocks(12) == 12
+def test_threads_that_share_a_gpu_share_its_multiprocessors() -> None:
+    limits = make_limits(num_sharing=8)
+    assert limits.check_dispatch(make_request()) == 16
+    assert limits.check_dispatch(make_request()._replace(num_sms=12)) == 12
+    assert limits.num_low_latency_blocks() == 16
 
 
 # --- in a node of a larger group ---------------------------------------------------------------
@@ -120,13 +141,13 @@ def test_a_peer_thread_that_raised_ends_the_wait_for_counts(engine: Any) -> None
 
     engine._group.check = check
     with pytest.raises(TransportError, match="rank 1 has failed"):
-        engine._wait_counts(3)
+        wait_counts(engine)
 
 
 def test_ranks_are_named_as_in_the_whole_group(engine: Any) -> None:
     engine._names, engine._timeout_s = (4, 6), -5.0  # in the past
     with pytest.raises(CommTimeout) as caught:
-        engine._wait_counts(3)
+        wait_counts(engine)
     assert (caught.value.rank, caught.value.peers) == (4, ())
     engine._record["failure"], engine._record["peer"] = TIMEOUT, 1
     with pytest.raises(CommTimeout) as caught:
@@ -239,13 +260,13 @@ def test_what_route_is_told(
         return SimpleNamespace(ptr=1 << 20)
 
     def launch(*args: Any, params: Any, **options: Any) -> None:
-        raise Launched(np.frombuffer(params.tobytes(), cuda_params.ROUTE)[0])
+        raise Launched(np.frombuffer(params, cuda_params.ROUTE)[0])
 
     monkeypatch.setattr(cuda.cupy.cuda, "alloc", alloc)
     part_engine._launch = launch
     part_engine._room.areas = SimpleNamespace(list_tokens=LIST_TOKENS)
-    part_engine._room.call = bytes(cuda_params.CALL.itemsize)
-    part_engine._summary_ptr, part_engine._tickets = 0, iter([5])
+    part_engine._room.call = bytes(cuda_params.CALL_BYTES)
+    part_engine._counts = SimpleNamespace(begin=lambda: (64, 5))
     into = None
     if num_into is not None:
         rows = view_numpy(np.zeros((num_into, 64), np.float32))
@@ -256,7 +277,8 @@ def test_what_route_is_told(
     with pytest.raises(Launched) as caught:
         part_engine.dispatch(request._replace(topk=topk))
     told = caught.value.args[0]
-    assert (told["num_tokens"], told["num_experts"], told["ticket"]) == (4, 8, 5)
+    assert (told["num_tokens"], told["num_experts"]) == (4, 8)
+    assert (told["host"], told["ticket"]) == (64, 5)
     assert told["makes_layout"] == makes_layout == (told["is_token_in_rank"] == 0)
     choices = (told["topk_idx"], told["num_topk"], told["is_64_bit"])
     assert choices == ((idx_ptr, 3, 1) if makes_layout else (0, 0, 0))
@@ -269,111 +291,3 @@ def test_a_graph_is_told_that_the_host_cannot_wait_in_it(engine: Any) -> None:
     engine._streams.is_capturing, engine._has_bulk = True, True
     with pytest.raises(InvalidArgument, match="num_worst_tokens"):
         engine.dispatch(make_request())
-
-
-# --- dispatch before the counts are known -----------------------------------------------------
-
-
-class Counted:
-    """A rank whose dispatches launch nothing.
-
-    Attributes:
-        launches: Rows of the outputs of each launch, and what it knew.
-        num_recv: Rows that arrive in the next call.
-        most_rows: Rows that there is memory for.
-        grows: Whether slabs have to grow.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self.engine, self.launches = engine, list[tuple[int, str]]()
-        self.num_recv, self.most_rows, self.grows = 0, 1000, False
-        engine._move = self._launch
-        engine._wait_counts = lambda ticket: (self.num_recv, 4)
-        engine._room.grow = lambda needed: self.grows
-
-    def _launch(
-        self, move: Any, header: bytes, outputs: Any, launch: Launch = Launch.WHOLE
-    ) -> None:
-        self.launches.append((outputs.data.shape[0], launch.name))
-
-    def dispatch(self, num_recv: int, **options: Any) -> tuple[Any, list[tuple[int, str]]]:
-        """Return the outputs, and the launches that it took."""
-        self.num_recv, self.launches = num_recv, []
-
-        def allocate(shape: tuple[int, ...], dtype: Any) -> Any:
-            if shape[0] > self.most_rows:
-                raise MemoryError
-            return view_numpy(np.zeros(shape, dtype))
-
-        request = make_request(**options)._replace(allocate=allocate)
-        move = SimpleNamespace(form=SimpleNamespace(staged=256))
-        outputs, told, max_tokens = self.engine._move_counted(request, move, b"", 1)
-        assert (told, max_tokens) == (num_recv, 4)
-        return outputs, self.launches
-
-
-def test_a_dispatch_like_the_last_ones_is_launched_before_its_counts_are_known(
-    engine: Any,
-) -> None:
-    rank = Counted(engine)
-    for num_recv in (16, 17):  # nothing to go by
-        assert rank.dispatch(num_recv)[1] == [(num_recv, "WHOLE")]
-    outputs, launches = rank.dispatch(15)
-    assert launches == [(19, "AHEAD")]
-    assert outputs.data.shape == (15, 64)
-    assert [part.shape for part in outputs.topk] == [(15, 3), (15, 3)]
-    assert rank.dispatch(20)[1] == [(19, "AHEAD"), (20, "RESUMES")]
-    assert rank.dispatch(0)[1] == [(22, "AHEAD")]
-    assert engine._ahead is None
-
-
-def test_counts_that_vary_are_waited_for(engine: Any) -> None:
-    """Callers may keep what they get, and all of its memory with it."""
-    rank = Counted(engine)
-    for num_recv in (40, 19, 40, 0, 0, 0):
-        assert rank.dispatch(num_recv)[1] == [(num_recv, "WHOLE")]
-
-
-def test_each_shape_has_a_forecast_of_its_own(engine: Any) -> None:
-    rank = Counted(engine)
-    for num_experts in (8, 8, 16, 16, 8):
-        launches = rank.dispatch(16, num_experts=num_experts)[1]
-        assert launches == [(16, "WHOLE")]
-
-
-def test_a_dispatch_that_finds_its_slab_too_small_is_launched_anew(engine: Any) -> None:
-    rank = Counted(engine)
-    rank.dispatch(16)
-    rank.dispatch(16)
-    rank.grows = True
-    assert rank.dispatch(17)[1] == [(18, "AHEAD"), (17, "WHOLE")]
-
-
-def test_memory_that_is_short_of_the_forecast_may_do(engine: Any) -> None:
-    rank = Counted(engine)
-    rank.dispatch(16)
-    rank.dispatch(16)
-    rank.most_rows = 16
-    assert rank.dispatch(16)[1] == [(16, "WHOLE")]
-
-
-def test_threads_launch_alike(engine: Any) -> None:
-    """They meet around launches; forecasts may differ."""
-    engine._room.slabs.are_threads = True
-    rank = Counted(engine)
-    for _ in range(3):
-        assert rank.dispatch(16)[1] == [(16, "WHOLE")]
-
-
-def test_outputs_live_on_where_a_dispatch_fails_while_it_runs(engine: Any) -> None:
-    rank = Counted(engine)
-    rank.dispatch(16)
-    rank.dispatch(16)
-
-    def fail(ticket: int) -> None:
-        raise CommTimeout("dispatch: counts", 0, [1], 5.0)
-
-    engine._wait_counts = fail
-    with pytest.raises(CommTimeout):
-        rank.dispatch(16)
-    assert engine._ahead.data.shape == (18, 64)

@@ -99,7 +99,7 @@ def on_cpu(toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch) -> None:
             spec,
             num_blocks=num_blocks,
             num_threads=num_threads,
-            params=rest["params"],
+            params=np.frombuffer(rest["params"], np.uint8),
             shared_bytes=rest["shared_bytes"],
             seed=stream.next_seed(),
             rank=stream.ptr,
