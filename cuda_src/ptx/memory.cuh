@@ -116,17 +116,21 @@ __device__ __forceinline__ void fence_proxy_async() {
 }
 
 // A barrier among num_threads threads of the block, whole warps; __syncthreads is barrier 0.
+// NOTE: aligned, as __syncthreads is. The other kind ended a kernel with an illegal instruction
+// where lanes of a warp came to it one after another, though all of them came (H200, CUDA 13.0).
 __device__ __forceinline__ void barrier_sync(u32 barrier, u32 num_threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+  __syncwarp();
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
 // The same; tells all of them whether it holds for each.
 __device__ __forceinline__ bool barrier_sync_and(u32 barrier, u32 num_threads, bool holds) {
   u32 all;
+  __syncwarp();
   asm volatile(
       "{.reg .pred p, q;\n"
       "setp.ne.u32 p, %3, 0;\n"
-      "barrier.red.and.pred q, %1, %2, p;\n"
+      "barrier.red.and.aligned.pred q, %1, %2, p;\n"
       "selp.u32 %0, 1, 0, q;}"
       : "=r"(all)
       : "r"(barrier), "r"(num_threads), "r"(u32(holds))
