@@ -109,7 +109,8 @@ class LowLatencyCalls:
             num_max_dispatch_tokens_per_rank: The same on every rank.
             num_experts: Experts over all ranks, a multiple of the number of ranks.
             cumulative_local_expert_recv_stats: ``[L] int32``; received rows are added.
-            dispatch_wait_recv_cost_stats: ``[num_ranks] int64``; microseconds waited are added.
+            dispatch_wait_recv_cost_stats: ``[num_ranks] int64``; microseconds that were waited for
+                each rank are added: on the cuda engine while this rank still sends, too.
             use_fp8: Send e4m3 with one scale a block of 128; hidden a multiple of 128.
             round_scale: Round the scales up to powers of two.
             use_ue8m0: Pack the exponents of four such scales into an int32.
@@ -234,7 +235,7 @@ class LowLatencyCalls:
             async_finish: Whether the caller waits through the returned event.
             return_recv_hook: Only send now; sums are made when the hook is called.
             out: ``[num_tokens, hidden] bf16`` to write, or None for a new array.
-            combine_wait_recv_cost_stats: ``[num_ranks] int64``; microseconds waited are added.
+            combine_wait_recv_cost_stats: As dispatch_wait_recv_cost_stats of the dispatch.
             combine_precision: ``"rank"``: a rank's experts are summed and rounded to bf16 before
                 they cross; ``"expert"``: every expert's row counts as it is.
 

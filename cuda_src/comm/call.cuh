@@ -220,7 +220,8 @@ __device__ __noinline__ bool headers_agree(const Call& call, u32 epoch) {
   return differing == 0;
 }
 
-// Barriers of a block beside __syncthreads, by number.
+// Barriers of a block beside __syncthreads, by number; those of low-latency kernels are in
+// comm/crews.cuh.
 constexpr u32 kArrivalBarrier = 1;
 constexpr u32 kStageBarrier = 2;
 

@@ -1,6 +1,7 @@
-// The two crews of a block of a low-latency kernel: some warps send, the others receive, both at
-// once, so that what arrives is worked on while rows are still being sent. A crew's threads meet
-// apart from the other's.
+// The two crews of a block of a low-latency kernel: some warps send rows, the others receive them,
+// both at once, so that what arrives is worked on while rows are still being sent. Tables are sent
+// by those who have nothing else to do at first, the receivers. A crew's threads meet apart from
+// the other's.
 #pragma once
 
 #include "common/types.cuh"
@@ -28,11 +29,18 @@ struct Crew {
   }
 };
 
-constexpr u32 kNumSendWarps = kNumGroups * kGroupWarps;
-constexpr u32 kLowLatencyThreads = (kNumSendWarps + kNumReceiveWarps) * kWarpSize;
+// Barriers of a block beside __syncthreads, by number; there are 16.
+constexpr u32 kSendersBarrier = 1;
+constexpr u32 kReceiversBarrier = 2;
+constexpr u32 kFirstGroupBarrier = 3;
+static_assert(kFirstGroupBarrier + kNumGroups <= 16, "a barrier a group");
 
-using Senders = Crew<0, kNumSendWarps, 1>;
-using Receivers = Crew<kNumSendWarps, kNumReceiveWarps, 2>;
+using Senders = Crew<0, kNumGroups * kGroupWarps, kSendersBarrier>;
+using Receivers = Crew<Senders::kNumWarps, kNumReceiveWarps, kReceiversBarrier>;
+
+constexpr u32 kLowLatencyThreads = Senders::kNumThreads + Receivers::kNumThreads;
+static_assert(Senders::kNumWarps > 0 && Receivers::kNumWarps > 0, "both crews are needed");
+static_assert(kLowLatencyThreads <= 1024, "a block has no more");
 
 // A group: a few of the senders, who move a part of a row together.
 constexpr u32 kGroupThreads = kGroupWarps * kWarpSize;
@@ -40,7 +48,7 @@ constexpr u32 kGroupThreads = kGroupWarps * kWarpSize;
 __device__ __forceinline__ u32 group_index() { return warp_index() / kGroupWarps; }
 __device__ __forceinline__ u32 warp_in_group() { return warp_index() % kGroupWarps; }
 __device__ __forceinline__ void group_barrier() {
-  ptx::barrier_sync(3 + group_index(), kGroupThreads);
+  ptx::barrier_sync(kFirstGroupBarrier + group_index(), kGroupThreads);
 }
 
 }  // namespace epcomm::comm

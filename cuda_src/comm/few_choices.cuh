@@ -19,7 +19,8 @@ struct Few {
   u32 expert[kFewEntries];
   u32 weight[kFewEntries];
   u32 chosen[kFewWords];  // bit i % 32 of [i / 32][local expert]: choice i is for it
-  Choice choices[kLowLatencyThreads / kWarpSize][kWarpSize];  // that a warp has in hand
+  // That a warp of the crew has in hand.
+  Choice choices[max_of(Senders::kNumWarps, Receivers::kNumWarps)][kWarpSize];
 
   // Rows of a local expert that come before a choice.
   __device__ __forceinline__ u32 rows_before(u32 num_local, u32 expert, u32 i) const {
@@ -188,11 +189,11 @@ __device__ __forceinline__ FewItem few_item(const LowLatencyCall& call, const Fe
 
 // Puts a token's choices for this rank's experts in front, with their rows. By all lanes of a warp.
 //   row_of(source, local, i)  the row of choice i
-template <typename RowOf>
+template <typename AnyCrew, typename RowOf>
 __device__ __forceinline__ Part place_few(const LowLatencyCall& call, Few* few, const FewItem& item,
                                           RowOf row_of) {
   const u32 lane = lane_index(), i = item.entry + lane;
-  Choice* choices = few->choices[warp_index()];
+  Choice* choices = few->choices[AnyCrew::warp()];
   Choice own = {kNoRow, 0, lane, 0};
   if (lane < call.shape.num_topk) own.expert = few->expert[i] - call.rank * num_local_experts(call);
   const bool is_here = own.expert < num_local_experts(call);

@@ -34,15 +34,20 @@
 // Signs of life. Whoever waits for a dead rank is itself late by a deadline. To a rank that the
 // dead one had served before, and that is in the next call, both look alike, and no choice of
 // deadlines tells them apart: that of a wait would have to exceed the longest call, and the wait is
-// part of one. So with can_mask a rank that waits shows it, every eighth of a deadline, to all that
-// it does not mask; and a wait's deadline counts from its begin or the awaited rank's last sign.
-//   A live rank is not masked unless it waits nowhere for seven eighths of a deadline, as when its
-//   host or its other kernels take so long: between two of its signs lie an eighth and that time.
-//   A dead rank is masked a deadline after the wait for it began, or after its last sign.
-//   Every wait ends, after kNumRanks deadlines whatever signs there are: ranks out of step, as a
-//   caller may have unmasked them, wait for each other. One dead rank makes no wait so long. Who
-//   waits for a live rank waits, over others perhaps, for one that waits for the dead rank; each of
-//   them does so for one deadline in all, as then it masks it; and there are kNumRanks - 2. Where
+// part of one. So a rank that waits shows it, every eighth of a deadline, to all that it does not
+// mask; and a wait's deadline counts from its begin or the awaited rank's last sign. Rows are
+// waited for an eighth of a deadline longer: while other warps wait for tables, and where a rank
+// died before its table was whole, it is to be found by that.
+//   A live rank is not masked, or named in a failure, unless it waits nowhere for seven eighths of
+//   a deadline, as when its host or its other kernels take so long: between two of its signs lie an
+//   eighth and that time.
+//   A dead rank is masked, or named, a deadline after the wait for it began, or after its last
+//   sign; for rows an eighth more. Every wait ends, whatever signs there are: ranks out of step, as
+//   a caller may have unmasked them, wait for each other. Where nobody is masked it does so after
+//   two deadlines, as the first that fails ends the call of all. With can_mask after kNumRanks, and
+//   one dead rank makes no wait so long. Who waits for a live rank waits, over others perhaps, for
+//   one that waits for the dead rank; each of them does so for nine eighths of a deadline in all,
+//   as then it masks it; there are kNumRanks - 2, and 9/8 of that is less than kNumRanks. Where
 //   several die one after another, the first line may not hold.
 // Signs order nothing, and tell nothing of a call: a rank in an earlier one has yet to send what is
 // waited for, and what a rank in a later one has sent arrives. They belong to a slab: in calls on
@@ -180,13 +185,10 @@ __device__ __forceinline__ bool is_there(Phase phase, u32 seen, u32 epoch) {
 
 constexpr u32 kSignsPerDeadline = 8;
 
-// The deadline of a wait: for rows an eighth longer. They are waited for while other warps wait for
-// tables, and where a rank died before its table was whole, it is to be named for that, and not
-// those whose rows wait for it too.
+// The deadline of a wait: see above for that of rows.
 __device__ __forceinline__ u64 deadline_ns(const LowLatencyCall& call, Phase phase) {
-  static_assert(kLowLatencyTables < kLowLatencyRows && kLowLatencyRows < kLowLatencyCells,
-                "phases of rows are the last");
-  return call.timeout_ns + (phase > kLowLatencyTables ? call.timeout_ns / 8 : 0);
+  const bool is_for_rows = phase == kLowLatencyRows || phase == kLowLatencyCells;
+  return call.timeout_ns + (is_for_rows ? call.timeout_ns / 8 : 0);
 }
 
 // Shows all peers, at intervals, that this rank waits: by one thread of all that do.
@@ -234,12 +236,10 @@ __device__ __noinline__ Awaited await_slowly(const LowLatencyCall& call, Phase p
       return {Outcome::kFailed, 0};
     }
     const u64 now = ptx::global_timer_ns(), timeout_ns = deadline_ns(call, phase);
-    u64 since = start;
-    if (call.can_mask) {
-      show_sign(call, now);
-      since = max_of(start, last_sign_ns(call, peer, now));
-    }
-    if (now > since + timeout_ns || (now - start) / kNumRanks > timeout_ns) {
+    show_sign(call, now);
+    const u64 since = max_of(start, last_sign_ns(call, peer, now));
+    const u64 most_ns = timeout_ns * (call.can_mask ? kNumRanks : 2);
+    if (now > since + timeout_ns || now > start + most_ns) {
       note_waited(call, phase, peer, start);
       if (call.can_mask) return {Outcome::kMissing, 0};
       report(call, kTimeout, phase, peer, epoch, seen);

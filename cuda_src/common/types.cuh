@@ -27,7 +27,7 @@ __device__ __forceinline__ T min_of(T a, T b) {
 }
 
 template <typename T>
-__device__ __forceinline__ T max_of(T a, T b) {
+__device__ __forceinline__ constexpr T max_of(T a, T b) {
   return a > b ? a : b;
 }
 

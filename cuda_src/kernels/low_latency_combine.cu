@@ -27,8 +27,6 @@
 
 namespace epcomm {
 
-using comm::Senders;
-
 // In shared memory.
 struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
@@ -104,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   }
   // Where ranks disagree nothing is sent, and nobody waits for it.
   if (__syncthreads_and(is_good)) {
-    if (comm::Receivers::has_me()) {
+    if (Receivers::has_me()) {
       if (call.phases & comm::kReceives) sum_tokens(params, round);
     } else if (tries_few && comm::are_few(call, sources.headers)) {
       comm::Few& few = tables.few;

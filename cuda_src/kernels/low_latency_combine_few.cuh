@@ -25,7 +25,7 @@ __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const
                                          const comm::LowLatencyShape* headers,
                                          const ptx::U64Pair& entry, comm::Arrivals* arrivals,
                                          comm::Few* few) {
-  return comm::read_few_entries<comm::Senders, true>(
+  return comm::read_few_entries<Senders, true>(
       call, round, headers, entry, arrivals, [&](u32 i, i32 expert, u32 weight) {
         few->expert[i] = static_cast<u32>(expert);
         few->weight[i] = weight;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void send_few(const LowLatencyCombineParams& params,
 #pragma unroll 1
   for (u32 i = blockIdx.x + gridDim.x * comm::group_index(); i < few->first_item[kNumRanks];
        i += gridDim.x * kNumGroups) {
-    const comm::Part part = comm::place_few(
+    const comm::Part part = comm::place_few<Senders>(
         call, few, comm::few_item(call, *few, headers, i), [=](u32 source, u32 local, u32 entry) {
           const u64 range = ranges[local * kNumRanks + source];
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);

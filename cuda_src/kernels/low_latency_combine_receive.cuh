@@ -9,6 +9,8 @@
 
 namespace epcomm {
 
+using comm::Receivers;
+
 // Lines that a token's rows come in, by lane: whom from, and with what weight.
 struct Line {
   bool is_used;
@@ -173,7 +175,6 @@ __device__ __forceinline__ void sum_slice(const LowLatencyCombineParams& params,
 // Sums all of this rank's tokens. By receivers; each warp for itself.
 __device__ __forceinline__ void sum_tokens(const LowLatencyCombineParams& params,
                                            const comm::Round& round) {
-  using comm::Receivers;
   const comm::LowLatencyShape& shape = params.call.shape;
   const u32 num_items = shape.num_tokens * shape.num_parts,
             num_warps = gridDim.x * Receivers::kNumWarps;

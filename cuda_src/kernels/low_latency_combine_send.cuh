@@ -10,6 +10,8 @@
 
 namespace epcomm {
 
+using comm::Senders;
+
 // Between a thread's vectors of a part that its group sends.
 constexpr u32 kSendStep = kGroupWarps * comm::kGranuleBytes;
 

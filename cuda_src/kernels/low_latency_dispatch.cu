@@ -19,6 +19,7 @@
 #include "comm/choice_tables.cuh"
 #include "comm/few_choices.cuh"
 #include "comm/low_latency.cuh"
+#include "kernels/low_latency_dispatch_count.cuh"
 #include "kernels/low_latency_dispatch_receive.cuh"
 #include "kernels/low_latency_dispatch_rows.cuh"
 #include "kernels/low_latency_dispatch_send.cuh"
@@ -38,9 +39,9 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
   // What is sent first is read while the call begins.
   OwnPart own;
   const bool sends = (call.phases & comm::kSends) != 0;
-  if (sends && comm::Senders::has_me()) load_part(params, own_item(0), &own);
+  if (sends && Senders::has_me()) load_part(params, own_item(0), &own);
   if (!comm::begin(call, &round)) return;
-  if (comm::Senders::has_me()) {
+  if (Senders::has_me()) {
     if (sends) send_rows(params, round, &own);
   } else {
     if (sends) comm::send_tables(call, round, params.topk_idx, params.is_64_bit, nullptr);
@@ -59,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
         const Counts all = {counts, num_local};
         if (blockIdx.x == 0) write_counts(params, all);
         fill_tails(params, all);
-        comm::for_each_part<comm::Receivers, false>(
+        comm::for_each_part<Receivers, false>(
             call, round, ~sources.arrivals.missing, sources.headers,
             sources.num_entries <= kKeptEntries ? sources.kept : nullptr, spans, &tables.batch,
             &sources.arrivals,

@@ -12,6 +12,8 @@
 
 namespace epcomm {
 
+using comm::Senders;
+
 // What a lane sends of a granule: 16 bytes, and a word of scales where has_scale.
 struct Sent {
   Vec16 values;

@@ -115,9 +115,11 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-// A barrier among num_threads threads of the block, whole warps; __syncthreads is barrier 0.
-// NOTE: aligned, as __syncthreads is. The other kind ended a kernel with an illegal instruction
-// where lanes of a warp came to it one after another, though all of them came (H200, CUDA 13.0).
+// A barrier among num_threads threads of the block; __syncthreads is barrier 0. By all lanes of
+// each warp, at one place: aligned barriers take lanes that are together, which __syncwarp brings
+// about. NOTE: aligned, as __syncthreads is. The other kind ended a kernel with an illegal
+// instruction where lanes of a warp came to it one after another, though all of them came (H200,
+// CUDA 13.0).
 __device__ __forceinline__ void barrier_sync(u32 barrier, u32 num_threads) {
   __syncwarp();
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");

@@ -131,16 +131,47 @@ def test_a_rank_whose_hook_waits_is_not_masked_by_who_waits_for_its_slot(
     check_masks(world, is_found_by_served=True)
 
 
-def test_ranks_out_of_step_that_wait_for_each_other_end(toolchain: Toolchain) -> None:
-    """As many deadlines later as there are ranks: both show that they live."""
+def test_where_nobody_is_masked_the_dead_rank_is_named(
+    case: Case, world: World, inputs: list[Inputs]
+) -> None:
+    """And not the one that waits for its rows, by the one that is in the next call."""
+    for rank in world.ranks:
+        rank.can_mask = rank.rank == _DEAD  # so that it can leave out the one that it holds up
+    ranges = np.zeros((case.num_local, case.num_ranks), np.int64)
+
+    def one(rank: Rank) -> None:
+        own = inputs[rank.rank]
+        if rank.rank == _DEAD:
+            rank.masks[_HELD_UP] = 1
+        rank.dispatch(case, own.rows, own.topk_idx)
+        if rank.rank == _DEAD:
+            write_table(case, _DEAD, world.ranks[_HELD_UP], own.topk_idx)
+        elif rank.rank == _SERVED:
+            rows = rank.memory.empty("rows", (1, case.num_rows, case.hidden), own.rows.dtype)
+            rank.combine(case, rows, own.topk_idx, own.topk_weights, ranges)
+
+    failed = [error for error in world.failures(one) if error is not None]
+    named = [int(error.record["peer"]) for error in failed if error.failure == "timeout"]
+    assert len(failed) == 2
+    assert set(named) == {_DEAD}
+
+
+@pytest.mark.parametrize("can_mask", [True, False])
+def test_ranks_out_of_step_that_wait_for_each_other_end(
+    toolchain: Toolchain, can_mask: bool
+) -> None:
+    """After as many deadlines as there are ranks, here two: both show that they live."""
     case = Case("out of step", (2, 3), 3)
     toolchain.compile(case.specs())
     world = World(toolchain, case, timeout_s=0.3)
     world.ranks[0].state["blocks"]["epoch"] = 4
     own = [make_inputs(case, 0, rank, 8) for rank in range(case.num_ranks)]
     for rank in world.ranks:
-        rank.can_mask = True
+        rank.can_mask = can_mask
     start = time.monotonic()
-    world.run(lambda rank: rank.dispatch(case, own[rank.rank].rows, own[rank.rank].topk_idx))
-    assert time.monotonic() - start > case.num_ranks * world.timeout_s
-    assert [rank.masks.tolist() for rank in world.ranks] == [[0, 1], [1, 0]]
+    failed = world.failures(
+        lambda rank: rank.dispatch(case, own[rank.rank].rows, own[rank.rank].topk_idx)
+    )
+    assert time.monotonic() - start > 2 * world.timeout_s
+    assert [error is None for error in failed] == [can_mask, can_mask]
+    assert [rank.masks.any() for rank in world.ranks] == [can_mask, can_mask]

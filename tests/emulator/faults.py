@@ -64,6 +64,7 @@ _FEW, _CELLS, _GRANULES = "comm/few_choices.cuh", "comm/cell_rows.cuh", "comm/gr
 _LL_DISPATCH = "kernels/low_latency_dispatch.cu"
 _LL_SEND = "kernels/low_latency_dispatch_send.cuh"
 _LL_RECEIVE = "kernels/low_latency_dispatch_receive.cuh"
+_LL_COUNT = "kernels/low_latency_dispatch_count.cuh"
 _LL_SUM = "kernels/low_latency_combine_receive.cuh"
 _LL_RETURN = "kernels/low_latency_combine_send.cuh"
 _LL_FEW = "kernels/low_latency_combine_few.cuh"
@@ -452,7 +453,7 @@ FAULTS = (
     ),
     Fault(
         "low-latency dispatch: one place behind the rows is not marked",
-        _LL_RECEIVE,
+        _LL_COUNT,
         "row = end + Receivers::thread();",
         "row = end + 1 + Receivers::thread();",
         "two ranks, bf16",
@@ -509,7 +510,7 @@ FAULTS = (
     ),
     Fault(
         "low latency: receivers do not meet between counting and placing",
-        _LL_RECEIVE,
+        _LL_COUNT,
         "  Receivers::meet();\n  return arrivals->has_failed == 0;",
         "  return arrivals->has_failed == 0;",
         WATCHED_DECODING,

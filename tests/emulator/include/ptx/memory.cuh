@@ -97,11 +97,13 @@ inline void fence_proxy_async() { emulator::fence_copies(); }
 
 inline bool barrier_sync_and(u32 barrier, u32 num_threads, bool holds,
                              emulator::Site site = emulator::Site::current()) {
+  emulator::warp_barrier(site);  // aligned: all lanes of a warp come to one place
   return emulator::block_all(barrier, num_threads, holds, site);
 }
 
 inline void barrier_sync(u32 barrier, u32 num_threads,
                          emulator::Site site = emulator::Site::current()) {
+  emulator::warp_barrier(site);
   emulator::block_all(barrier, num_threads, true, site);
 }
 
