@@ -106,7 +106,7 @@ __device__ __forceinline__ u32 begin(const Call& call) {
 
 template <typename AnyCall>
 __device__ __forceinline__ bool has_failed(const AnyCall& call) {
-  return *static_cast<volatile u32*>(&call.state->has_failed) != 0;
+  return ptx::ld_relaxed_sys_u32(&call.state->has_failed) != 0;
 }
 
 // Whether a kernel may go on, told to all threads of its block alike: another block may report a

@@ -120,7 +120,7 @@ __device__ __forceinline__ bool is_missing(const Arrivals* arrivals, u32 source)
 // Whether a source takes part in this call: the first block to know says so, and all follow.
 __device__ inline bool decide(const LowLatencyCall& call, u32 epoch, u32 source, bool is_here) {
   u64* verdict = &call.state->verdicts[source];
-  u64 before = *static_cast<volatile u64*>(verdict);
+  u64 before = ptx::ld_relaxed_sys_u64(verdict);
   while (static_cast<u32>(before >> 32) != epoch) {
     const u64 found = atomicCAS(verdict, before, cell_of(epoch, is_here));
     if (found == before) return is_here;

@@ -146,7 +146,7 @@ __device__ __forceinline__ u32 num_recv_rows(const LowLatencyCall& call) {
 enum class Outcome : u32 { kArrived, kMissing, kFailed };
 
 __device__ __forceinline__ bool is_masked(const LowLatencyCall& call, u32 peer) {
-  return call.can_mask && peer != call.rank && *static_cast<volatile u32*>(&call.masks[peer]) != 0;
+  return call.can_mask && peer != call.rank && ptx::ld_relaxed_sys_u32(&call.masks[peer]) != 0;
 }
 
 __device__ __forceinline__ void mask(const LowLatencyCall& call, u32 peer) {
@@ -194,7 +194,7 @@ __device__ __forceinline__ u64 deadline_ns(const LowLatencyCall& call, Phase pha
 // Shows all peers, at intervals, that this rank waits: by one thread of all that do.
 __device__ __forceinline__ void show_sign(const LowLatencyCall& call, u64 now) {
   u64* shown_ns = &call.state->shown_ns;
-  const u64 before = *static_cast<volatile u64*>(shown_ns);
+  const u64 before = ptx::ld_relaxed_sys_u64(shown_ns);
   if (now < before + call.timeout_ns / kSignsPerDeadline) return;
   if (atomicCAS(shown_ns, before, now) != before) return;
 #pragma unroll 1
@@ -206,13 +206,13 @@ __device__ __forceinline__ void show_sign(const LowLatencyCall& call, u64 now) {
 
 // When this rank last saw that a peer waits.
 __device__ __forceinline__ u64 last_sign_ns(const LowLatencyCall& call, u32 peer, u64 now) {
-  volatile u64* seen_ns = &call.state->sign_seen_ns[peer];
+  u64* seen_ns = &call.state->sign_seen_ns[peer];
   u64* sign = slab::sign_cell(call.slabs, call.rank, peer);
   if (ptx::ld_relaxed_sys_u64(sign) != 0) {
-    *seen_ns = now;  // before other threads can no longer see the sign
+    ptx::st_relaxed_sys_u64(seen_ns, now);  // before other threads can no longer see the sign
     ptx::st_relaxed_sys_u64(sign, 0);
   }
-  return *seen_ns;
+  return ptx::ld_relaxed_sys_u64(seen_ns);
 }
 
 // NOTE: a function of its own, so that waiting takes no registers where it is not waited.

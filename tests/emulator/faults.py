@@ -33,7 +33,7 @@ class Fault:
         """Whether ThreadSanitizer finds it."""
         return self.case in (
             *(WATCHED, WATCHED_LOADS_AND_STORES),
-            *(WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW),
+            *(WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW, WATCHED_MASKS),
         )
 
     def plant(self, sources: Path, target: Path) -> None:
@@ -54,7 +54,9 @@ class Fault:
 
 
 WATCHED, WATCHED_LOADS_AND_STORES = (case.name for case in WATCHED_CASES)
-WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW = (case.name for case in low_latency.WATCHED_CASES)
+WATCHED_DECODING, WATCHED_HOOKS, WATCHED_FEW, WATCHED_MASKS = (
+    case.name for case in low_latency.WATCHED_CASES
+)
 _ROUTE, _DISPATCH, _COMBINE = "kernels/route.cu", "kernels/dispatch.cu", "kernels/combine.cu"
 _COMBINE_SUM = "kernels/combine_sum.cuh"
 _RING, _CALL, _SLAB = "comm/bulk_ring.cuh", "comm/call.cuh", "slab/layout.cuh"

@@ -56,6 +56,7 @@ class Case:
         idx_dtype: Dtype of the choices.
         num_parts: Parts of the rows of rank r: entry r, over and over.
         has_hooks: Whether kernels send and receive apart, two calls at a time.
+        can_mask: Whether ranks that do not answer would be masked.
         num_rounds: Rounds.
         num_blocks: Blocks of each kernel.
         grid: How these divide their work.
@@ -73,6 +74,7 @@ class Case:
     idx_dtype: type[np.signedinteger[Any]] = np.int64
     num_parts: tuple[int, ...] = (1, 2)
     has_hooks: bool = False
+    can_mask: bool = False
     num_rounds: int = 4
     num_blocks: int = 2
     grid: kernels.LowLatencyGrid = field(default=_GRID)
@@ -144,6 +146,7 @@ CASES = (
     Case("more experts than ranges kept", (7, 5), 7, num_local=300, routing="uniform"),
     Case("one expert takes all", (9, 6, 11), 11, routing="one", num_topk=2),
     Case("eight ranks", (2, 0, 1, 3, 4, 1, 0, 2), 4, num_local=2, fp8=_FLOAT),
+    Case("three ranks that may be masked", (3, 5, 1), 5, can_mask=True),
     Case("eight ranks by expert", (1, 2, 0, 3, 1, 1, 2, 0), 3, num_local=1, precision=_EXPERT),
     Case("few tokens", (4, 2, 3), 4, hidden=1536, num_topk=5, fp8=_PACKED, num_parts=(3, 1, 2)),
     Case("few tokens, hooks", (1, 4), 4, hidden=1152, fp8=_FLOAT, num_parts=(2,), has_hooks=True),
@@ -190,6 +193,7 @@ WATCHED_CASES = (
         grid=_WATCHED_GRID,
     ),
     Case("watched few tokens", (3, 2), 3, fp8=_FLOAT, num_rounds=3, grid=_WATCHED_GRID),
+    Case("watched masks", (4, 3), 4, can_mask=True, num_rounds=2, grid=_WATCHED_GRID),
 )
 
 
@@ -222,7 +226,7 @@ class Rank:
         self.state = self.memory.zeros("the state", (), cuda_params.LOW_LATENCY_STATE)
         self.record = self.memory.zeros("the record", (), cuda_params.FAILURE_RECORD)
         self.masks = self.memory.zeros("the masks", (world.num_ranks,), np.uint32)
-        self.can_mask = False
+        self.can_mask = world.can_mask
         #: Deadline of every wait.
         self.timeout_s = world.timeout_s
         self._num_permanent = len(self.memory)
@@ -406,7 +410,7 @@ class World(RanksAsThreads):
         self, toolchain: Toolchain, *cases: Case, seed: int = 0, timeout_s: float = 60.0
     ) -> None:
         self.toolchain, self.seed, self.timeout_s = toolchain, seed, timeout_s
-        self.num_ranks = cases[0].num_ranks
+        self.num_ranks, self.can_mask = cases[0].num_ranks, cases[0].can_mask
         self.rows_bytes = max(
             cuda_layout.low_latency_rows_bytes(case.shape, max(case.num_ranks, case.num_topk))
             for case in cases

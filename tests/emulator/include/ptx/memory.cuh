@@ -30,6 +30,11 @@ inline u64 ld_relaxed_sys_u64(const u64* address) {
   return __atomic_load_n(address, __ATOMIC_RELAXED);
 }
 
+inline u32 ld_relaxed_sys_u32(const u32* address) {
+  emulator::maybe_yield();
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+
 inline void st_relaxed_sys_u64(u64* address, u64 value) {
   __atomic_store_n(address, value, __ATOMIC_RELAXED);
   emulator::maybe_nap();
