@@ -1,7 +1,8 @@
-// The two crews of a block of a low-latency kernel: some warps send rows, the others receive them,
-// both at once, so that what arrives is worked on while rows are still being sent. Tables are sent
-// by those who have nothing else to do at first, the receivers. A crew's threads meet apart from
-// the other's.
+// The crews of a block of a low-latency kernel. In dispatch some warps send rows and the others
+// receive them, both at once, so that what arrives is worked on while rows are still being sent;
+// tables are sent by those who have nothing else to do at first, the receivers. A crew's threads
+// meet apart from the other's. In combine no warp only receives, so all are of both crews: they
+// send, and then receive; half of them would sum what is sent half as fast.
 #pragma once
 
 #include "common/types.cuh"
@@ -36,10 +37,11 @@ constexpr u32 kFirstGroupBarrier = 3;
 static_assert(kFirstGroupBarrier + kNumGroups <= 16, "a barrier a group");
 
 using Senders = Crew<0, kNumGroups * kGroupWarps, kSendersBarrier>;
-using Receivers = Crew<Senders::kNumWarps, kNumReceiveWarps, kReceiversBarrier>;
+constexpr bool kHasReceivers = kNumReceiveWarps > 0;
+using Receivers = Crew<kHasReceivers ? Senders::kNumWarps : 0,
+                       kHasReceivers ? kNumReceiveWarps : Senders::kNumWarps, kReceiversBarrier>;
 
-constexpr u32 kLowLatencyThreads = Senders::kNumThreads + Receivers::kNumThreads;
-static_assert(Senders::kNumWarps > 0 && Receivers::kNumWarps > 0, "both crews are needed");
+constexpr u32 kLowLatencyThreads = (Senders::kNumWarps + kNumReceiveWarps) * kWarpSize;
 static_assert(kLowLatencyThreads <= 1024, "a block has no more");
 
 // A group: a few of the senders, who move a part of a row together.

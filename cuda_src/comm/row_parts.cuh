@@ -173,7 +173,8 @@ __device__ inline Range range_of(const LowLatencyCall& call, u32 sources,
 // false where the call has failed.
 //   kept                     all sources' choices, or null: see place_batch
 //   span_of(source, expert)  where the source's rows lie at an expert
-//   serve(parts)             is called by the crew for what the block has in hand
+//   serve(parts)             is called by the crew for what the block has in hand; who is through
+//                            with the last does not wait for the others
 template <typename AnyCrew, bool kHasWeights, typename SpanOf, typename Serve>
 __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& round, u32 sources,
                                      const LowLatencyShape* headers, const u16* kept, Span* spans,
@@ -181,10 +182,13 @@ __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& ro
                                      Serve serve) {
   const u32 thread = AnyCrew::thread();
   if (thread < kNumRanks) batch->ranges[thread] = range_of(call, sources, headers, thread);
+  bool is_first = true;
   AnyCrew::meet();  // arrivals begin anew, too
 #pragma unroll 1
   for (u32 source = 0; source < kNumRanks; ++source) {
     if (batch->ranges[source].begin >= batch->ranges[source].end) continue;
+    if (!is_first) AnyCrew::meet();  // others may be at the source before
+    is_first = false;
 #pragma unroll 1
     for (u32 i = thread; i < num_local_experts(call); i += AnyCrew::kNumThreads) {
       spans[i] = span_of(source, i);
@@ -196,6 +200,7 @@ __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& ro
     for (u32 token = batch->ranges[source].first_token();
          token < batch->ranges[source].end_token();) {
       const Range& range = batch->ranges[source];
+      if (counted != 0) AnyCrew::meet();  // others may be at the batch before
       const u32 next = min_of(token + kBatchEntries / call.shape.num_topk, range.end_token());
       place_batch<AnyCrew, kHasWeights>(call, round, source, counted, token, next,
                                         kept == nullptr ? nullptr : kept + range.first_entry, spans,
@@ -208,10 +213,8 @@ __device__ inline bool for_each_part(const LowLatencyCall& call, const Round& ro
       serve(Parts{source, token, max_of(range.begin, token * range.num_parts),
                   min_of(range.end, next * range.num_parts), range.num_parts, call.shape.num_topk,
                   batch});
-      AnyCrew::meet();
       counted = token = next;
     }
-    AnyCrew::meet();
   }
   return true;
 }

@@ -34,6 +34,37 @@ __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const
       });
 }
 
+// Sends the weighted sums of a part's rows. A thread has one or two vectors of it, and loads those
+// of all rows together: stages, as others' sums have, would take longer to begin. By all threads of
+// a group.
+__device__ __forceinline__ void send_few_sums(const LowLatencyCombineParams& params,
+                                              const comm::Round& round, const comm::Part& part) {
+  constexpr u32 kRows = 8;
+  const SumsTarget target(params, round, part, true);
+  const Vectors vectors = sent_vectors(params, part);
+#pragma unroll 1
+  for (u32 at = vectors.first; at < vectors.end; at += kSendStep) {
+    Sums sums;
+#pragma unroll 1
+    for (u32 first = 0; first < part.num_choices; first += kRows) {
+      const comm::Choice* choices = part.choices + first;
+      const u32 number = min_of(kRows, part.num_choices - first);
+      Vec16 v[kRows];
+#pragma unroll
+      for (u32 i = 0; i < kRows; ++i) {
+        if (i >= number || choices[i].row == comm::kNoRow) continue;
+        v[i] = ptx::ld_no_allocate_vec16(expert_row(params, choices[i]) + at);
+      }
+#pragma unroll
+      for (u32 i = 0; i < kRows; ++i) {
+        if (i >= number || choices[i].row == comm::kNoRow) continue;
+        sums.add(v[i], ptx::as_float(choices[i].weight));
+      }
+    }
+    target.put(at, sums, round.epoch);
+  }
+}
+
 // Sends all parts of all sources' rows where they are few. By senders; each group for itself.
 __device__ __forceinline__ void send_few(const LowLatencyCombineParams& params,
                                          const comm::Round& round,
@@ -53,7 +84,7 @@ __device__ __forceinline__ void send_few(const LowLatencyCombineParams& params,
           // A row that dispatch did not give: the caller passes other choices than those.
           return row < min_of(begin + count, comm::num_recv_rows(call)) ? row : comm::kNoRow;
         });
-    if (part.num_choices > 0) send_sums<8, 1>(params, round, part, true);
+    if (part.num_choices > 0) send_few_sums(params, round, part);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "comm/cell_rows.cuh"
+#include "comm/few_choices.cuh"
 #include "comm/granules.cuh"
 #include "comm/low_latency.cuh"
 #include "common/types.cuh"
@@ -32,7 +33,15 @@ __device__ __forceinline__ Line line_of(const comm::LowLatencyCall& call, u32 ex
   return {lane < kNumRanks && ((ranks >> lane) & 1) != 0, lane, 1.0f};
 }
 
-// Reads a token's choices, as this rank sent them to itself. By all lanes of a warp.
+// The same, of choices that the block keeps.
+__device__ __forceinline__ Line kept_line(const comm::LowLatencyCall& call, const comm::Few& few,
+                                          u32 token) {
+  const u32 lane = lane_index(), num_topk = call.shape.num_topk;
+  const u32 entry = few.first_entry[call.rank] + token * num_topk + lane;
+  return line_of(call, lane < num_topk ? few.expert[entry] : ~0u, 0);
+}
+
+// The same, of choices as this rank sent them to itself.
 __device__ inline Line own_line(const LowLatencyCombineParams& params, const comm::Round& round,
                                 u32 token) {
   const comm::LowLatencyCall& call = params.call;
@@ -57,12 +66,14 @@ __device__ inline Line own_line(const LowLatencyCombineParams& params, const com
   return line_of(call, expert, weight);
 }
 
+// Ranks whose vectors a thread has on their way together.
+constexpr u32 kBatch = 4;
+
 // Sums what a warp has of one of this rank's tokens whose rows come in cells, from the ranks of
 // `lines`. By all lanes of the warp.
 __device__ __forceinline__ void sum_cells(const LowLatencyCombineParams& params,
                                           const comm::Round& round, u32 token,
                                           const Vectors& vectors, u32 lines) {
-  constexpr u32 kBatch = 4;
   const comm::LowLatencyCall& call = params.call;
   u8* out = params.out + u64(token) * row_bytes_of(params);
 #pragma unroll 1
@@ -119,16 +130,19 @@ __device__ __forceinline__ void sum_rows(const LowLatencyCombineParams& params,
     const bool is_inside = at < vectors.end;
     Sums sums;
     if (is_by_rank) {
-      Vec16 v[kNumRanks];
 #pragma unroll
-      for (u32 rank = 0; rank < kNumRanks; ++rank) {
-        if (is_inside && (lines >> rank) & 1) {
-          v[rank] = ptx::ld_no_allocate_vec16(rows + rank * line_bytes + at);
+      for (u32 first = 0; first < kNumRanks; first += kBatch) {
+        Vec16 v[kBatch];
+#pragma unroll
+        for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+          if (is_inside && (lines >> rank) & 1) {
+            v[rank - first] = ptx::ld_no_allocate_vec16(rows + rank * line_bytes + at);
+          }
         }
-      }
 #pragma unroll
-      for (u32 rank = 0; rank < kNumRanks; ++rank) {
-        if (is_inside && (lines >> rank) & 1) sums.add(v[rank]);
+        for (u32 rank = first; rank < first + kBatch && rank < kNumRanks; ++rank) {
+          if (is_inside && (lines >> rank) & 1) sums.add(v[rank - first]);
+        }
       }
     } else {
 #pragma unroll 1
@@ -144,12 +158,13 @@ __device__ __forceinline__ void sum_rows(const LowLatencyCombineParams& params,
 }
 
 // Sums a slice of a part of one of this rank's tokens. By all lanes of a warp.
+//   few  choices of all sources, by rank, or null
 __device__ __forceinline__ void sum_slice(const LowLatencyCombineParams& params,
                                           const comm::Round& round, u32 item,
-                                          const comm::Slice& slice) {
+                                          const comm::Slice& slice, const comm::Few* few) {
   const comm::LowLatencyCall& call = params.call;
   const u32 num_parts = call.shape.num_parts, token = item / num_parts;
-  const Line line = own_line(params, round, token);
+  const Line line = few != nullptr ? kept_line(call, *few, token) : own_line(params, round, token);
   const bool is_in_cells = uses_cells(params, call.shape.num_tokens);
   comm::Outcome outcome = comm::Outcome::kMissing;
   if (line.is_used && ((round.masked >> line.holder) & 1) == 0) {
@@ -172,9 +187,9 @@ __device__ __forceinline__ void sum_slice(const LowLatencyCombineParams& params,
   }
 }
 
-// Sums all of this rank's tokens. By receivers; each warp for itself.
+// Sums all of this rank's tokens. By receivers; each warp for itself. few: see sum_slice.
 __device__ __forceinline__ void sum_tokens(const LowLatencyCombineParams& params,
-                                           const comm::Round& round) {
+                                           const comm::Round& round, const comm::Few* few) {
   const comm::LowLatencyShape& shape = params.call.shape;
   const u32 num_items = shape.num_tokens * shape.num_parts,
             num_warps = gridDim.x * Receivers::kNumWarps;
@@ -183,7 +198,7 @@ __device__ __forceinline__ void sum_tokens(const LowLatencyCombineParams& params
 #pragma unroll 1
   for (u32 i = blockIdx.x + gridDim.x * Receivers::warp(); i < num_items * num_slices;
        i += num_warps) {
-    sum_slice(params, round, i / num_slices, {i % num_slices, num_slices});
+    sum_slice(params, round, i / num_slices, {i % num_slices, num_slices}, few);
   }
 }
 

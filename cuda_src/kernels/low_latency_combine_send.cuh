@@ -7,6 +7,7 @@
 #include "comm/row_parts.cuh"
 #include "common/types.cuh"
 #include "kernels/low_latency_combine_rows.cuh"
+#include "ptx/async.cuh"
 
 namespace epcomm {
 
@@ -27,55 +28,109 @@ __device__ __forceinline__ const u8* expert_row(const LowLatencyCombineParams& p
   return params.rows + index * row_bytes_of(params);
 }
 
-// Sends the weighted sums of a part's rows. So many rows are on their way together, and so many
-// vectors of each: one after the other they take as much longer.
-template <u32 kRows, u32 kUnroll>
-__device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
-                                          const comm::Round& round, const comm::Part& part,
-                                          bool is_in_cells) {
-  const comm::LowLatencyCall& call = params.call;
-  u64* cells =
-      slab::cell_row(call.slabs, part.source, round.slot, call.rank, is_in_cells ? part.token : 0);
-  u8* to = slot_row(params, round, part.source, call.rank, part.token);
-  const Vectors vectors = sent_vectors(params, part);
+// Where the sums of a token's rows go: into its row of the slot, or into its cells.
+struct SumsTarget {
+  u8* row;
+  u64* cells;
+  bool is_in_cells;
+
+  __device__ __forceinline__ SumsTarget(const LowLatencyCombineParams& params,
+                                        const comm::Round& round, const comm::Part& part,
+                                        bool is_in_cells)
+      : row(slot_row(params, round, part.source, params.call.rank, part.token)),
+        cells(slab::cell_row(params.call.slabs, part.source, round.slot, params.call.rank,
+                             is_in_cells ? part.token : 0)),
+        is_in_cells(is_in_cells) {}
+
+  __device__ __forceinline__ void put(u32 at, const Sums& sums, u32 epoch) const {
+    if (is_in_cells) {
+      comm::put_cells(cells, at, sums.rounded(), epoch);
+    } else {
+      ptx::st_no_allocate_vec16(row + at, sums.rounded());
+    }
+  }
+};
+
+// Vectors of experts' rows that each sender has on their way into shared memory. They take no
+// registers there, so they are more than loads could be, however few choices a token has here. Two
+// of a choice go together: what is done once for each choice is half as much.
+constexpr u32 kStageVectors = 2;
+
+struct Stages {
+  Vec16 vectors[kNumSumStages][kStageVectors][Senders::kNumThreads];
+};
+
+static_assert(sizeof(Stages) == kSumStageBytes, "epcomm/jit/kernels.py differs");
+
+// Fetches a part's vectors: of each choice a few, and then the next few.
+class Fetch {
+ public:
+  __device__ __forceinline__ Fetch(const LowLatencyCombineParams& params, const comm::Part& part,
+                                   const Vectors& vectors, Stages* stages)
+      : params_(params), part_(part), at_(vectors.first), end_(vectors.end), stages_(stages) {
 #pragma unroll 1
-  for (u32 at = vectors.first; at < vectors.end; at += kUnroll * kSendStep) {
-    Sums sums[kUnroll];
-#pragma unroll 1
-    for (u32 first = 0; first < part.num_choices; first += kRows) {
-      const comm::Choice* choices = part.choices + first;
-      const u32 number = min_of(kRows, part.num_choices - first);
-      Vec16 v[kRows][kUnroll];
+    for (u32 i = 0; i < kNumSumStages; ++i) start();
+  }
+
+  // Adds the oldest vectors that are on their way, of a choice, and starts to fetch others.
+  __device__ __forceinline__ void add(const comm::Choice& choice, Sums* sums) {
+    ptx::copy_async_wait<kNumSumStages - 1>();
+    if (choice.row != comm::kNoRow) {
 #pragma unroll
-      for (u32 i = 0; i < kRows; ++i) {
-        if (i >= number || choices[i].row == comm::kNoRow) continue;
-        const u8* row = expert_row(params, choices[i]);
-#pragma unroll
-        for (u32 j = 0; j < kUnroll; ++j) {
-          if (at + j * kSendStep < vectors.end) {
-            v[i][j] = ptx::ld_no_allocate_vec16(row + at + j * kSendStep);
-          }
-        }
-      }
-#pragma unroll
-      for (u32 i = 0; i < kRows; ++i) {
-        if (i >= number || choices[i].row == comm::kNoRow) continue;
-#pragma unroll
-        for (u32 j = 0; j < kUnroll; ++j) {
-          if (at + j * kSendStep < vectors.end) {
-            sums[j].add(v[i][j], ptx::as_float(choices[i].weight));
-          }
-        }
+      for (u32 i = 0; i < kStageVectors; ++i) {
+        // What lies behind the end was not fetched, and is not sent.
+        sums[i].add(*stage(i), ptx::as_float(choice.weight));
       }
     }
+    start();
+  }
+
+ private:
+  __device__ __forceinline__ Vec16* stage(u32 i) {
+    return &stages_->vectors[stage_][i][Senders::thread()];
+  }
+
+  __device__ __forceinline__ void start() {
+    if (at_ < end_) {
+      const comm::Choice& choice = part_.choices[i_];
+      if (choice.row != comm::kNoRow) {
+        const u8* row = expert_row(params_, choice);
 #pragma unroll
-    for (u32 j = 0; j < kUnroll; ++j) {
-      if (at + j * kSendStep >= vectors.end) continue;
-      if (is_in_cells) {
-        comm::put_cells(cells, at + j * kSendStep, sums[j].rounded(), round.epoch);
-      } else {
-        ptx::st_no_allocate_vec16(to + at + j * kSendStep, sums[j].rounded());
+        for (u32 i = 0; i < kStageVectors; ++i) {
+          const u32 at = at_ + i * kSendStep;
+          if (at < end_) ptx::copy_async_vec16(stage(i), row + at);
+        }
       }
+      if (++i_ == part_.num_choices) {
+        i_ = 0;
+        at_ += kStageVectors * kSendStep;
+      }
+    }
+    ptx::copy_async_commit();  // also where nothing is left: the wait counts
+    if (++stage_ == kNumSumStages) stage_ = 0;
+  }
+
+  const LowLatencyCombineParams& params_;
+  const comm::Part& part_;
+  u32 at_, end_;
+  Stages* stages_;
+  u32 i_ = 0, stage_ = 0;
+};
+
+// Sends the weighted sums of a part's rows. By all threads of a group.
+__device__ __forceinline__ void send_sums(const LowLatencyCombineParams& params,
+                                          const comm::Round& round, const comm::Part& part,
+                                          const SumsTarget& target, Stages* stages) {
+  const Vectors vectors = sent_vectors(params, part);
+  Fetch fetch(params, part, vectors, stages);
+#pragma unroll 1
+  for (u32 at = vectors.first; at < vectors.end; at += kStageVectors * kSendStep) {
+    Sums sums[kStageVectors];
+#pragma unroll 1
+    for (u32 i = 0; i < part.num_choices; ++i) fetch.add(part.choices[i], sums);
+#pragma unroll
+    for (u32 i = 0; i < kStageVectors; ++i) {
+      if (at + i * kSendStep < vectors.end) target.put(at + i * kSendStep, sums[i], round.epoch);
     }
   }
 }
@@ -106,11 +161,11 @@ __device__ inline void send_row(const LowLatencyCombineParams& params, const com
 // Sends what this rank's experts have for a part of a source's token. By all threads of a group.
 __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
                                           const comm::Round& round, const comm::Part& part,
-                                          bool is_in_cells) {
+                                          bool is_in_cells, Stages* stages) {
   const comm::LowLatencyCall& call = params.call;
   const bool is_by_rank = call.shape.format == kByRank;
   if (is_by_rank) {
-    send_sums<4, 2>(params, round, part, is_in_cells);
+    send_sums(params, round, part, {params, round, part, is_in_cells}, stages);
     if (is_in_cells) return;
   } else {
 #pragma unroll 1
@@ -129,11 +184,11 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
 // Sends parts of a source's rows. By senders; each group for itself.
 __device__ __forceinline__ void send_parts(const LowLatencyCombineParams& params,
                                            const comm::Round& round, comm::Parts parts,
-                                           bool are_in_cells) {
+                                           bool are_in_cells, Stages* stages) {
 #pragma unroll 1
   for (u32 item = parts.begin + comm::group_index(); item < parts.end; item += kNumGroups) {
     const comm::Part part = parts.part(item);
-    if (part.num_choices > 0) send_part(params, round, part, are_in_cells);
+    if (part.num_choices > 0) send_part(params, round, part, are_in_cells, stages);
   }
 }
 

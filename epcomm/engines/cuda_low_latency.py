@@ -28,7 +28,11 @@ from epcomm.engines.base import (
 )
 from epcomm.engines.cuda_launch import PeerLauncher
 from epcomm.engines.cuda_low_latency_room import NUM_SLOTS, LowLatencyRoom, Slab
-from epcomm.engines.cuda_tuning import LOW_LATENCY_GRID, low_latency_parts
+from epcomm.engines.cuda_tuning import (
+    LOW_LATENCY_COMBINE_GRID,
+    LOW_LATENCY_DISPATCH_GRID,
+    low_latency_parts,
+)
 from epcomm.engines.low_latency_arrays import allocate_result, check_combine_buffer
 from epcomm.errors import InvalidArgument
 from epcomm.fp8 import num_scales
@@ -49,6 +53,7 @@ class _Call:
         name: Of the Buffer's method.
         slab: Where it runs.
         spec: Its kernel.
+        grid: How that divides its work, as in `spec`.
         params: Dtype of the kernel's argument.
         shape: LowLatencyShape of comm/low_latency.cuh, in order.
         shared_bytes: Dynamic shared memory of a block.
@@ -57,6 +62,7 @@ class _Call:
     name: str
     slab: Slab
     spec: kernels.KernelSpec
+    grid: kernels.LowLatencyGrid
     params: np.dtype[Any]
     shape: tuple[int, ...]
     shared_bytes: int
@@ -151,14 +157,15 @@ class CudaLowLatency:
 
     def _agree(self, name: str, shape: LowLatencyShape, told: tuple[int, ...], slab: Slab) -> None:
         """Meet the others in a dispatch of no tokens, with the header of the call in hand."""
-        num_local = shape.num_local_experts
+        num_local, grid = shape.num_local_experts, LOW_LATENCY_DISPATCH_GRID
         # NOTE: kind and format are those of the call in hand, which may be a combine; a dispatch of
         # no tokens only compares them.
         *agreed, _num_tokens, num_parts = told
         call = _Call(
             name=name,
             slab=slab,
-            spec=kernels.low_latency_dispatch_spec(shape.num_ranks, False, LOW_LATENCY_GRID),
+            spec=kernels.low_latency_dispatch_spec(shape.num_ranks, False, grid),
+            grid=grid,
             params=cuda_params.LOW_LATENCY_DISPATCH,
             shape=(*agreed, 0, num_parts),
             shared_bytes=_dispatch_shared_bytes(shape),
@@ -246,7 +253,7 @@ class CudaLowLatency:
             meets=bool(phases & _SENDS) and not self._is_capturing(),
             can_mask=self._can_mask,
             num_blocks=self._num_blocks(),
-            num_threads=LOW_LATENCY_GRID.num_threads,
+            num_threads=call.grid.num_threads,
             params=cuda_params.pack_all(call.params, (*common, *own)),
             shared_bytes=call.shared_bytes,
         )
@@ -272,19 +279,26 @@ class CudaLowLatency:
         self._check_unreceived(name)
         num_tokens, num_topk = idx.shape
         _check_limits(shape, num_topk)
-        is_fp8 = fp8 is not Fp8Format.NONE
+        is_fp8, grid = fp8 is not Fp8Format.NONE, LOW_LATENCY_DISPATCH_GRID
         told = (
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
             *(shape.num_max_tokens, shape.hidden, shape.num_experts),
             *(num_topk, fp8.value, num_tokens),
-            self._num_parts(shape, num_tokens, num_tokens, 1 if is_fp8 else 2),
+            low_latency_parts(
+                shape.hidden * (1 if is_fp8 else BFLOAT16.itemsize),
+                num_tokens,
+                num_tokens,
+                self._num_blocks(),
+                grid,
+            ),
         )
         slab = self._make_room(name, shape, told, shape.num_ranks)
         result, scales = allocate_result(request)
         call = _Call(
             name=name,
             slab=slab,
-            spec=kernels.low_latency_dispatch_spec(shape.num_ranks, is_fp8, LOW_LATENCY_GRID),
+            spec=kernels.low_latency_dispatch_spec(shape.num_ranks, is_fp8, grid),
+            grid=grid,
             params=cuda_params.LOW_LATENCY_DISPATCH,
             shape=told,
             shared_bytes=_dispatch_shared_bytes(shape),
@@ -299,17 +313,6 @@ class CudaLowLatency:
         receive = self._start(call, request, own)
         return LowLatencyDispatchResult(scales=scales, receive=receive, **result)
 
-    def _num_parts(
-        self, shape: LowLatencyShape, num_tokens: int, num_rows: int, itemsize: int
-    ) -> int:
-        return low_latency_parts(
-            shape.hidden * itemsize,
-            num_rows,
-            num_tokens,
-            self._num_blocks(),
-            LOW_LATENCY_GRID,
-        )
-
     # --- combine -------------------------------------------------------------------------------
 
     def combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
@@ -321,22 +324,30 @@ class CudaLowLatency:
             self._check_zero_copy(request)
         num_tokens, num_topk = idx.shape
         is_by_rank = request.precision is CombinePrecision.RANK
+        grid = LOW_LATENCY_COMBINE_GRID
         _check_limits(shape, num_topk)
         told = (
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
             *(shape.num_max_tokens, shape.hidden, shape.num_experts),
             *(num_topk, request.precision.value, num_tokens),
-            # Those of all ranks, whose tokens are about as many as this one's.
-            self._num_parts(shape, num_tokens, shape.num_ranks * num_tokens, BFLOAT16.itemsize),
+            low_latency_parts(
+                shape.hidden * BFLOAT16.itemsize,
+                # Those of all ranks, whose tokens are about as many as this one's.
+                shape.num_ranks * num_tokens,
+                num_tokens,
+                self._num_blocks(),
+                grid,
+            ),
         )
         slab = self._make_room(name, shape, told, shape.num_ranks if is_by_rank else num_topk)
         call = _Call(
             name=name,
             slab=slab,
-            spec=kernels.low_latency_combine_spec(shape.num_ranks, LOW_LATENCY_GRID),
+            spec=kernels.low_latency_combine_spec(shape.num_ranks, grid),
+            grid=grid,
             params=cuda_params.LOW_LATENCY_COMBINE,
             shape=told,
-            shared_bytes=shape.num_local_experts * _SPAN_BYTES,
+            shared_bytes=kernels.sum_stage_bytes(grid) + shape.num_local_experts * _SPAN_BYTES,
         )
         own = (
             *(request.data.ptr, idx.ptr, request.topk_weights.ptr),

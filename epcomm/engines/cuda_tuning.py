@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from epcomm.cuda_layout import MAX_LOW_LATENCY_TOKENS
@@ -24,13 +25,16 @@ _FURTHER_THREADS = 512
 
 #: How blocks of low-latency calls divide their work. Rows of up to so many tokens cross as cells:
 #: twice the bytes, which do not count yet, and no flag.
-LOW_LATENCY_GRID = LowLatencyGrid(
+LOW_LATENCY_DISPATCH_GRID = LowLatencyGrid(
     num_groups=2,
     group_warps=4,
     receive_warps=8,
     batch_entries=1024,
     kept_entries=4096,
     cell_tokens=16,
+)
+LOW_LATENCY_COMBINE_GRID = replace(
+    LOW_LATENCY_DISPATCH_GRID, num_groups=8, group_warps=2, receive_warps=0
 )
 #: Bytes that a warp moves in one access.
 GRANULE_BYTES = 512

@@ -19,6 +19,9 @@ _DTYPE_NAMES = {"kDtypeBfloat16": 0, "kDtypeFloat16": 1, "kDtypeFloat32": 2}
 ROUTE_THREADS = 1024
 #: Warps of a block of dispatch that fetch, at most.
 MAX_FETCH_WARPS = 8
+#: Pairs of vectors that a thread of low_latency_combine.cu has on their way, and their bytes.
+NUM_SUM_STAGES = 4
+_STAGE_BYTES = 32
 #: Pieces after which a warp looks whether a piece that it sent is written.
 RING_LAG = 4
 
@@ -135,7 +138,7 @@ class LowLatencyGrid:
     Attributes:
         num_groups: Groups of a block that send, at most 13; each sends a part of a row at a time.
         group_warps: Warps of a group.
-        receive_warps: Warps of a block that receive.
+        receive_warps: Warps of a block that only receive: some in dispatch, none in combine.
         batch_entries: Choices that a block has in hand at a time, at least 32.
         kept_entries: Choices of all ranks that a block keeps once it has read them; more are read
             again.
@@ -166,10 +169,19 @@ def low_latency_dispatch_spec(num_ranks: int, is_fp8: bool, grid: LowLatencyGrid
     return _low_latency_spec("low_latency_dispatch", num_ranks, grid, own)
 
 
+def sum_stage_bytes(grid: LowLatencyGrid) -> int:
+    """Return the shared memory of a block of low_latency_combine.cu for rows on their way."""
+    return NUM_SUM_STAGES * _STAGE_BYTES * grid.num_threads
+
+
 @cache
 def low_latency_combine_spec(num_ranks: int, grid: LowLatencyGrid) -> KernelSpec:
     """Return the spec of low_latency_combine.cu."""
-    own = {"kLowLatencyCombineParamsBytes": cuda_params.LOW_LATENCY_COMBINE.itemsize}
+    own = {
+        "kLowLatencyCombineParamsBytes": cuda_params.LOW_LATENCY_COMBINE.itemsize,
+        "kNumSumStages": NUM_SUM_STAGES,
+        "kSumStageBytes": sum_stage_bytes(grid),
+    }
     return _low_latency_spec("low_latency_combine", num_ranks, grid, own)
 
 
@@ -198,6 +210,8 @@ def all_specs(has_bulk: bool) -> Iterator[KernelSpec]:
     """Yield every kernel in every configuration that the engine uses."""
     from epcomm.engines import cuda_tuning
 
+    dispatch_grid = cuda_tuning.LOW_LATENCY_DISPATCH_GRID
+    combine_grid = cuda_tuning.LOW_LATENCY_COMBINE_GRID
     for num_ranks in range(1, cuda_layout.MAX_RANKS + 1):
         yield layout_spec(num_ranks)
         yield agree_spec(num_ranks)
@@ -209,5 +223,5 @@ def all_specs(has_bulk: bool) -> Iterator[KernelSpec]:
                 for shape in cuda_tuning.combine_shapes(num_ranks, has_further):
                     yield combine_spec(num_ranks, has_bulk, dtype, shape, has_further)
         for is_fp8 in (False, True):
-            yield low_latency_dispatch_spec(num_ranks, is_fp8, cuda_tuning.LOW_LATENCY_GRID)
-        yield low_latency_combine_spec(num_ranks, cuda_tuning.LOW_LATENCY_GRID)
+            yield low_latency_dispatch_spec(num_ranks, is_fp8, dispatch_grid)
+        yield low_latency_combine_spec(num_ranks, combine_grid)

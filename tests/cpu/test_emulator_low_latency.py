@@ -364,7 +364,7 @@ def dispatch_without_rows_of_the_last(
 def test_rows_that_never_come_are_zeros(toolchain: Toolchain, num_last: int) -> None:
     case = replace(_CASE, num_tokens=(*_CASE.num_tokens[:_LAST], num_last))
     world = World(toolchain, case)
-    assert (num_last <= case.grid.cell_tokens) == (num_last == 3)
+    assert (num_last <= case.grids.dispatch.cell_tokens) == (num_last == 3)
     inputs = [make_inputs(case, 0, rank, 7) for rank in range(case.num_ranks)]
     blank = replace(inputs[_LAST], rows=np.zeros_like(inputs[_LAST].rows))
     for rank, got in dispatch_without_rows_of_the_last(world, case, inputs).items():

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -21,6 +22,13 @@ struct Copy {
   std::vector<unsigned char> held = {};
 };
 
+// A vector on its way into shared memory, which its thread alone will read.
+struct VectorCopy {
+  void* to;
+  const void* from;
+  unsigned group;
+};
+
 // The barrier's state, in the barrier's own memory.
 struct BarrierState {
   std::uint16_t mark;
@@ -37,6 +45,8 @@ struct Fiber {
   Identity fenced, reader, writer;  // made when first needed
   std::vector<std::unique_ptr<Copy>> copies;
   unsigned num_groups = 0;  // closed ones
+  std::deque<VectorCopy> vector_copies;
+  unsigned num_vector_groups = 0;
 };
 
 // Where threads wait for one another, again and again. What they leave there is kept for two

@@ -7,6 +7,7 @@ namespace {
 
 constexpr std::uint16_t kMark = 0xba44;
 constexpr unsigned char kInFlight = 0xa5;
+constexpr unsigned kVectorBytes = 16;
 
 BarrierState& state_of(Barrier* barrier) {
   BarrierState& state = *reinterpret_cast<BarrierState*>(barrier);
@@ -100,6 +101,13 @@ void finish_load_of(Barrier* barrier) {
   }
 }
 
+// In the thread's own name: it reads and writes as the thread itself would.
+void finish_vector(const VectorCopy& copy) {
+  move_bytes(copy.to, copy.from, kVectorBytes);
+  note_read(copy.from, kVectorBytes);
+  note_write(copy.to, kVectorBytes);
+}
+
 bool is_due(const Fiber& fiber, const Copy& copy, unsigned num_pending) {
   return copy.barrier == nullptr && copy.group + num_pending < fiber.num_groups;
 }
@@ -121,6 +129,7 @@ void move_some_copy(Fiber& fiber, Random& random) {
 
 void check_no_copies(const Fiber& fiber) {
   if (!fiber.copies.empty()) fail("the thread ends before its bulk copies do");
+  if (!fiber.vector_copies.empty()) fail("the thread ends before its copies of vectors do");
 }
 
 void barrier_init(Barrier* barrier) {
@@ -198,6 +207,31 @@ void wait_stores(unsigned num_pending) {
     write(copy, fiber);
     observe_copy(fiber, &copy.is_written);
     fiber.copies.erase(fiber.copies.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+}
+
+void start_vector(void* shared, const void* global) {
+  check_copy(global, shared, kVectorBytes);
+  Fiber& fiber = block().current();
+  fill_bytes(shared, kInFlight, kVectorBytes);
+  note_write(shared, kVectorBytes);
+  const VectorCopy copy = {shared, global, fiber.num_vector_groups};
+  // Early or late: what lies there may change meanwhile.
+  if (block().random().is_one_in(4)) {
+    finish_vector(copy);
+  } else {
+    fiber.vector_copies.push_back(copy);
+  }
+}
+
+void commit_vectors() { ++block().current().num_vector_groups; }
+
+void wait_vectors(unsigned num_pending) {
+  Fiber& fiber = block().current();
+  auto& copies = fiber.vector_copies;
+  while (!copies.empty() && copies.front().group + num_pending < fiber.num_vector_groups) {
+    finish_vector(copies.front());
+    copies.pop_front();
   }
 }
 

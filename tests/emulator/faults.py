@@ -377,8 +377,8 @@ FAULTS = (
     Fault(
         "low latency: tokens before a batch are counted again",
         _PARTS,
-        "counted = token = next;",
-        "token = next;",
+        "source, counted, token, next,",
+        "source, 0, token, next,",
         "most choices",
     ),
     Fault(
@@ -477,9 +477,44 @@ FAULTS = (
     Fault(
         "low-latency combine: weights are off",
         _LL_RETURN,
-        "ptx::as_float(choices[i].weight)",
-        "ptx::as_float(choices[i].weight + 1)",
+        "ptx::as_float(choice.weight)",
+        "ptx::as_float(choice.weight + 1)",
         "two ranks, bf16",
+    ),
+    Fault(
+        "low-latency combine: vectors are summed before they are there",
+        _LL_RETURN,
+        "ptx::copy_async_wait<kNumSumStages - 1>();",
+        "ptx::copy_async_wait<kNumSumStages>();",
+        "two ranks, bf16",
+    ),
+    Fault(
+        "low-latency combine: copies are waited for as if none were left out",
+        _LL_RETURN,
+        "    ptx::copy_async_commit();  // also where nothing is left: the wait counts\n",
+        "    if (at_ < end_) ptx::copy_async_commit();\n",
+        "two ranks, bf16",
+    ),
+    Fault(
+        "low latency: a source's places are made while others are at the one before",
+        _PARTS,
+        "    if (!is_first) AnyCrew::meet();  // others may be at the source before\n",
+        "",
+        WATCHED_DECODING,
+    ),
+    Fault(
+        "low latency: a batch is placed while others are at the one before",
+        _PARTS,
+        "      if (counted != 0) AnyCrew::meet();  // others may be at the batch before\n",
+        "",
+        WATCHED_DECODING,
+    ),
+    Fault(
+        "low-latency combine, few tokens: each token has the first one's ranks",
+        _LL_SUM,
+        "few.first_entry[call.rank] + token * num_topk + lane;",
+        "few.first_entry[call.rank] + lane;",
+        "few tokens",
     ),
     Fault(
         "low-latency combine: rows are not waited for",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -28,14 +28,24 @@ _CASTS = {
     Fp8Format.PACKED_UE8M0_SCALES: "packed",
 }
 
+
+class Grids(NamedTuple):
+    """How the blocks of both kernels divide their work."""
+
+    dispatch: kernels.LowLatencyGrid
+    combine: kernels.LowLatencyGrid
+
+
+def _grids(num_groups: int, group_warps: int, receive_warps: int, **rest: int) -> Grids:
+    combine = kernels.LowLatencyGrid(num_groups, group_warps, receive_warps=0, **rest)
+    return Grids(replace(combine, receive_warps=receive_warps), combine)
+
+
 #: Less than on a GPU, so that few tokens make many parts and batches.
 # Ranks with few tokens send cells, others flags; some cases' choices are kept, others read again.
-_GRID = kernels.LowLatencyGrid(
-    num_groups=2, group_warps=1, receive_warps=2, batch_entries=32, kept_entries=48, cell_tokens=4
-)
-_WIDE = kernels.LowLatencyGrid(
-    num_groups=2, group_warps=2, receive_warps=3, batch_entries=64, kept_entries=32, cell_tokens=2
-)
+_GRIDS = _grids(2, 1, 2, batch_entries=32, kept_entries=48, cell_tokens=4)
+_WIDE = _grids(2, 2, 3, batch_entries=64, kept_entries=32, cell_tokens=2)
+_AS_ON_A_GPU = Grids(cuda_tuning.LOW_LATENCY_DISPATCH_GRID, cuda_tuning.LOW_LATENCY_COMBINE_GRID)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Case:
         can_mask: Whether ranks that do not answer would be masked.
         num_rounds: Rounds.
         num_blocks: Blocks of each kernel.
-        grid: How these divide their work.
+        grids: How these divide their work.
     """
 
     name: str
@@ -77,7 +87,7 @@ class Case:
     can_mask: bool = False
     num_rounds: int = 4
     num_blocks: int = 2
-    grid: kernels.LowLatencyGrid = field(default=_GRID)
+    grids: Grids = _GRIDS
 
     @property
     def num_ranks(self) -> int:
@@ -105,8 +115,8 @@ class Case:
         """Return the kernels that it needs."""
         is_fp8 = self.fp8 is not Fp8Format.NONE
         return [
-            kernels.low_latency_dispatch_spec(self.num_ranks, is_fp8, self.grid),
-            kernels.low_latency_combine_spec(self.num_ranks, self.grid),
+            kernels.low_latency_dispatch_spec(self.num_ranks, is_fp8, self.grids.dispatch),
+            kernels.low_latency_combine_spec(self.num_ranks, self.grids.combine),
         ]
 
 
@@ -129,7 +139,7 @@ CASES = (
         num_parts=(3, 1, 2),
         num_rounds=12,
     ),
-    Case("three ranks, odd rows", (1, 12, 5), 12, hidden=264, num_local=3, grid=_WIDE),
+    Case("three ranks, odd rows", (1, 12, 5), 12, hidden=264, num_local=3, grids=_WIDE),
     Case("four ranks, hooks", (5, 0, 8, 2), 8, fp8=_FLOAT, has_hooks=True, num_rounds=6),
     Case(
         "four ranks by expert, hooks",
@@ -161,7 +171,7 @@ CASES = (
         num_parts=(7,),
         num_rounds=2,
         num_blocks=4,
-        grid=cuda_tuning.LOW_LATENCY_GRID,
+        grids=_AS_ON_A_GPU,
     ),
     Case(
         "decoding as on a GPU",
@@ -173,16 +183,24 @@ CASES = (
         fp8=_FLOAT,
         num_parts=(7, 3),
         num_rounds=2,
-        grid=cuda_tuning.LOW_LATENCY_GRID,
+        grids=_AS_ON_A_GPU,
     ),
 )
 
 #: What ThreadSanitizer watches.
-_WATCHED_GRID = kernels.LowLatencyGrid(
-    num_groups=2, group_warps=1, receive_warps=2, batch_entries=32, kept_entries=32, cell_tokens=3
-)
+_WATCHED = _grids(2, 1, 2, batch_entries=32, kept_entries=32, cell_tokens=3)
 WATCHED_CASES = (
-    Case("watched decoding", (4, 3), 4, fp8=_FLOAT, num_rounds=2, grid=_WATCHED_GRID),
+    Case(
+        "watched decoding",
+        (4, 3),
+        4,
+        num_topk=12,
+        num_local=6,
+        routing="uniform",
+        fp8=_FLOAT,
+        num_rounds=2,
+        grids=_WATCHED,
+    ),
     Case(
         "watched decoding, hooks",
         (3, 4),
@@ -190,10 +208,10 @@ WATCHED_CASES = (
         precision=_EXPERT,
         has_hooks=True,
         num_rounds=2,
-        grid=_WATCHED_GRID,
+        grids=_WATCHED,
     ),
-    Case("watched few tokens", (3, 2), 3, fp8=_FLOAT, num_rounds=3, grid=_WATCHED_GRID),
-    Case("watched masks", (4, 3), 4, can_mask=True, num_rounds=2, grid=_WATCHED_GRID),
+    Case("watched few tokens", (3, 2), 3, fp8=_FLOAT, num_rounds=3, grids=_WATCHED),
+    Case("watched masks", (4, 3), 4, can_mask=True, num_rounds=2, grids=_WATCHED),
 )
 
 
@@ -296,10 +314,11 @@ class Rank:
         params["recv_stats"] = pointer(recv_stats)
         params["is_64_bit"] = topk_idx.dtype == np.int64
         params["num_scales"] = number
-        spec = kernels.low_latency_dispatch_spec(case.num_ranks, is_fp8, case.grid)
+        grid = case.grids.dispatch
+        spec = kernels.low_latency_dispatch_spec(case.num_ranks, is_fp8, grid)
         shared = local * 4 * (2 + case.num_ranks)
         receive = self._start(
-            case, spec, params, call | (shape or {}), has_hook, shared, wait_stats
+            case, (spec, grid), params, call | (shape or {}), has_hook, shared, wait_stats
         )
         if has_hook:
             for array in (own_rows, own_idx):
@@ -331,9 +350,16 @@ class Rank:
         params["layout_range"] = pointer(layout_range)
         params["out"] = pointer(out)
         params["is_64_bit"] = topk_idx.dtype == np.int64
-        spec = kernels.low_latency_combine_spec(case.num_ranks, case.grid)
+        grid = case.grids.combine
+        spec = kernels.low_latency_combine_spec(case.num_ranks, grid)
         receive = self._start(
-            case, spec, params, call | (shape or {}), has_hook, case.num_local * 8, wait_stats
+            case,
+            (spec, grid),
+            params,
+            call | (shape or {}),
+            has_hook,
+            kernels.sum_stage_bytes(grid) + case.num_local * 8,
+            wait_stats,
         )
         if has_hook:
             for array in own:
@@ -344,7 +370,7 @@ class Rank:
     def _start(
         self,
         case: Case,
-        spec: kernels.KernelSpec,
+        kernel: tuple[kernels.KernelSpec, kernels.LowLatencyGrid],
         params: Array,
         shape: dict[str, int],
         has_hook: bool,
@@ -371,7 +397,7 @@ class Rank:
         if has_hook:
             ticket = self.memory.empty("the ticket", (1,), np.uint32)
             call["ticket"] = pointer(ticket)
-        launch = partial(self._launch, case, spec, shared)
+        launch = partial(self._launch, case, *kernel, shared)
         if not has_hook:
             call["phases"] = SENDS | RECEIVES
             launch(params)
@@ -387,11 +413,18 @@ class Rank:
 
         return receive
 
-    def _launch(self, case: Case, spec: kernels.KernelSpec, shared: int, params: Array) -> None:
+    def _launch(
+        self,
+        case: Case,
+        spec: kernels.KernelSpec,
+        grid: kernels.LowLatencyGrid,
+        shared: int,
+        params: Array,
+    ) -> None:
         self.world.toolchain.launch(
             spec,
             num_blocks=case.num_blocks,
-            num_threads=case.grid.num_threads,
+            num_threads=grid.num_threads,
             params=params,
             shared_bytes=shared,
             seed=int(self.rng.integers(1 << 62)),

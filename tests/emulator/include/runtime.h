@@ -66,6 +66,11 @@ void commit_stores();
 void wait_stores_read(unsigned num_pending);
 void wait_stores(unsigned num_pending);
 
+// Copies of vectors into shared memory, for the thread itself.
+void start_vector(void* shared, const void* global);
+void commit_vectors();
+void wait_vectors(unsigned num_pending);
+
 // Makes the thread's memory accesses known to copies that start later.
 void fence_copies();
 
