@@ -203,7 +203,7 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Return whether this machine's GPU gets kernels for Hopper and later (sm_90)."""
+        """Return whether this machine's GPU gets kernels with Hopper's bulk copies (sm_90)."""
         return find_num_gpus() > 0 and has_bulk_copies()
 
     @staticmethod

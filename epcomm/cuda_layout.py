@@ -15,6 +15,8 @@ from epcomm.errors import UnsupportedConfig
 
 MAX_RANKS = 8
 MAX_LOCAL_EXPERTS = 2048
+#: Of low-latency calls, whose blocks keep something of each expert in shared memory.
+MAX_LOW_LATENCY_LOCAL_EXPERTS = 1024
 HEADER_WORDS = 16
 #: Bytes of a word: a place in a table, a weight, a scale.
 WORD_BYTES = 4

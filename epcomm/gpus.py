@@ -7,8 +7,9 @@ import os
 from functools import cache
 from typing import Any
 
-#: Bulk copies came with compute capability 9.0.
-FIRST_BULK_ARCH = 90
+#: GPUs, by compute capability times ten, that have bulk copies, and room in shared memory for the
+#: rows that these keep on their way. Those of 12.0 on have less of it: 99 KiB a block.
+BULK_ARCHS = range(90, 120)
 
 
 @cache
@@ -42,7 +43,7 @@ def current_gpu() -> int:
 
 
 def has_bulk_copies() -> bool:
-    """Return whether the current GPU has bulk copies between global and shared memory."""
+    """Return whether kernels for the current GPU move rows by bulk copies through shared memory."""
     import cupy
 
-    return int(cupy.cuda.Device().compute_capability) >= FIRST_BULK_ARCH
+    return int(cupy.cuda.Device().compute_capability) in BULK_ARCHS

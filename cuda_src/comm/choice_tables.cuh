@@ -43,7 +43,8 @@ __device__ inline OwnEntry own_entry(const LowLatencyCall& call, const void* top
                      : kNoFailure};
 }
 
-// A receiving warp's n-th piece of all tables: of the last blocks, as they have the fewest rows.
+// A receiver warp's n-th piece of all tables: of the last blocks, as they have the fewest rows
+// where rows do not go round.
 struct TablePiece {
   u32 peer;
   u32 place;  // 0 the header, then tokens
@@ -61,7 +62,7 @@ struct TablePiece {
 };
 
 // Tells every peer what this call is and what its tokens choose. weights: null in dispatch. By
-// receivers, who have nothing else to do yet; each warp for itself.
+// receivers; each warp for itself.
 __device__ __forceinline__ void send_tables(const LowLatencyCall& call, const Round& round,
                                             const void* topk_idx, u32 is_64_bit,
                                             const float* weights) {

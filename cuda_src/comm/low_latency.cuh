@@ -18,11 +18,11 @@
 //   one of its blocks
 //   acquire of received by a lane of each block -> __syncthreads -> stores into the peer's slot
 //   stores of a part's row by a group of warps -> the group's barrier -> release of the part's flag
-//   acquire of the flag by one lane of each warp -> __syncwarp -> loads of the row by all lanes
-// Rows of a rank with few tokens cross without flags: see comm/cell_rows.cuh. A kernel receives
-// while it sends: see comm/crews.cuh. All blocks are resident at once, and sending waits for
-// nothing but what peers' kernels of the same call post at their beginning, and, in combine, for
-// tables, which receivers send before they wait for anything.
+//   acquire of a flag by a lane of each warp -> __syncwarp -> loads of the row by all lanes
+// Rows of a rank with few tokens cross without flags: see comm/cell_rows.cuh. Warps receive while
+// others send: see comm/crews.cuh. All blocks are resident at once, and sending waits for nothing
+// but what peers' kernels of the same call post at their beginning, and, in combine, for tables,
+// which go out before anything else is waited for.
 //
 // Code. A kernel runs once from end to end, so every instruction is fetched anew, which takes
 // longer than to run it. Only loops that keep several reads on their way are unrolled.
@@ -36,7 +36,7 @@
 // deadlines tells them apart: that of a wait would have to exceed the longest call, and the wait is
 // part of one. So a rank that waits shows it, every eighth of a deadline, to all that it does not
 // mask; and a wait's deadline counts from its begin or the awaited rank's last sign. Rows are
-// waited for an eighth of a deadline longer: while other warps wait for tables, and where a rank
+// waited for an eighth of a deadline longer: while others wait for tables, and where a rank
 // died before its table was whole, it is to be found by that.
 //   A live rank is not masked, or named in a failure, unless it waits nowhere for seven eighths of
 //   a deadline, as when its host or its other kernels take so long: between two of its signs lie an
@@ -344,8 +344,10 @@ __device__ inline bool begin(const LowLatencyCall& call, Round* round) {
     }
   }
   const bool is_good_for_all = __syncthreads_and(is_good);
-  // Else by a warp that has least to do, as a release takes longer than all of the above.
-  if (warp_index() == kLowLatencyThreads / kWarpSize - 1 && is_poster() && round->is_unposted) {
+  // Else by a warp that has least to do, as a release takes longer than all of the above: a sender
+  // of no rows, or, where all receive, one between those that read headers and the first choices.
+  constexpr u32 kPostingWarp = kHasReceivers ? Senders::kNumWarps - 1 : Senders::kNumWarps / 2;
+  if (warp_index() == kPostingWarp && is_poster() && round->is_unposted) {
     post_received(call, round->masked, round->received);
   }
   return is_good_for_all;

@@ -28,8 +28,6 @@
 
 namespace epcomm {
 
-static_assert(!comm::kHasReceivers, "who receives has sent before");
-
 // In shared memory.
 struct Sources {
   comm::LowLatencyShape headers[kNumRanks];
@@ -60,14 +58,14 @@ __device__ __forceinline__ bool find_sources(const comm::LowLatencyCall& call,
   for (u32 look = 0; look < 2; ++look) {
     if (threadIdx.x == 0) *arrivals = {~wanted, 0, 0, 0};
     __syncthreads();
-    if (!comm::read_headers<Senders>(call, round, wanted, sources->headers, arrivals, [&] {
-          if (tries_few) *entry = comm::guess_entry<Senders, true>(call, round, arrivals);
+    if (!comm::read_headers<Everyone>(call, round, wanted, sources->headers, arrivals, [&] {
+          if (tries_few) *entry = comm::guess_entry<Everyone, true>(call, round, arrivals);
         })) {
       return false;
     }
     const u32 seen = kAll & ~arrivals->missing;
     *taking_part = call.can_mask
-                       ? comm::agree_on_sources<Senders>(call, round, seen, &arrivals->taking_part)
+                       ? comm::agree_on_sources<Everyone>(call, round, seen, &arrivals->taking_part)
                        : seen;
     unseen = *taking_part & ~seen;
     if (unseen == 0) return true;
@@ -98,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
     comm::send_tables(call, round, params.topk_idx, params.is_64_bit, params.topk_weights);
     keep_ranges(params, ranges);
   }
-  if (tries_few) comm::clear<Senders>(call, &tables.few);
+  if (tries_few) comm::clear<Everyone>(call, &tables.few);
   ptx::U64Pair entry_seen = {};
   u32 taking_part = 0;
   bool is_good = find_sources(call, round, tries_few, &sources, &entry_seen, &taking_part);
@@ -109,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1
     is_good = read_few(call, round, sources.headers, entry_seen, &sources.arrivals, &few);
     if (is_good) send_few(params, round, sources.headers, ranges, &few);
   } else if (is_good && sends) {
-    is_good = comm::for_each_part<Senders, true>(
+    is_good = comm::for_each_part<Everyone, true>(
         call, round, taking_part, sources.headers, nullptr,
         reinterpret_cast<comm::Span*>(stages + 1), &tables.batch, &sources.arrivals,
         [&](u32 source, u32 expert) {

@@ -1,7 +1,7 @@
 // Sending of low_latency_combine.cu where tokens are few.
 //
-// NOTE: from the headers on it shares no code with other calls: what only one kind needs would be
-// fetched with what the other runs.
+// NOTE: from the headers until it sums, it shares no code with other calls: what only one kind
+// needs would be fetched with what the other runs.
 #pragma once
 
 #include "comm/choice_tables.cuh"
@@ -19,13 +19,13 @@ __device__ __forceinline__ bool may_be_few(const LowLatencyCombineParams& params
          uses_cells(params, call.shape.num_tokens) && call.shape.num_experts <= kKeptRanges;
 }
 
-// Keeps the choices of all sources. entry: the thread's first, as far as it was seen. By senders;
-// false, to all of them, where the call has failed.
+// Keeps the choices of all sources. entry: the thread's first, as far as it was seen. By all
+// threads; false, to all of them, where the call has failed.
 __device__ __forceinline__ bool read_few(const comm::LowLatencyCall& call, const comm::Round& round,
                                          const comm::LowLatencyShape* headers,
                                          const ptx::U64Pair& entry, comm::Arrivals* arrivals,
                                          comm::Few* few) {
-  return comm::read_few_entries<Senders, true>(
+  return comm::read_few_entries<Everyone, true>(
       call, round, headers, entry, arrivals, [&](u32 i, i32 expert, u32 weight) {
         few->expert[i] = static_cast<u32>(expert);
         few->weight[i] = weight;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void send_few_sums(const LowLatencyCombineParams& par
   }
 }
 
-// Sends all parts of all sources' rows where they are few. By senders; each group for itself.
+// Sends all parts of all sources' rows where they are few. Each group for itself.
 __device__ __forceinline__ void send_few(const LowLatencyCombineParams& params,
                                          const comm::Round& round,
                                          const comm::LowLatencyShape* headers, const u64* ranges,
@@ -75,7 +75,7 @@ __device__ __forceinline__ void send_few(const LowLatencyCombineParams& params,
 #pragma unroll 1
   for (u32 i = blockIdx.x + gridDim.x * comm::group_index(); i < few->first_item[kNumRanks];
        i += gridDim.x * kNumGroups) {
-    const comm::Part part = comm::place_few<Senders>(
+    const comm::Part part = comm::place_few<Everyone>(
         call, few, comm::few_item(call, *few, headers, i), [=](u32 source, u32 local, u32 entry) {
           const u64 range = ranges[local * kNumRanks + source];
           const u32 begin = static_cast<u32>(range >> 32), count = static_cast<u32>(range);

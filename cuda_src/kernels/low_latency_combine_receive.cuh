@@ -10,8 +10,6 @@
 
 namespace epcomm {
 
-using comm::Receivers;
-
 // Lines that a token's rows come in, by lane: whom from, and with what weight.
 struct Line {
   bool is_used;
@@ -187,16 +185,16 @@ __device__ __forceinline__ void sum_slice(const LowLatencyCombineParams& params,
   }
 }
 
-// Sums all of this rank's tokens. By receivers; each warp for itself. few: see sum_slice.
+// Sums all of this rank's tokens. Each warp for itself. few: see sum_slice.
 __device__ __forceinline__ void sum_tokens(const LowLatencyCombineParams& params,
                                            const comm::Round& round, const comm::Few* few) {
   const comm::LowLatencyShape& shape = params.call.shape;
   const u32 num_items = shape.num_tokens * shape.num_parts,
-            num_warps = gridDim.x * Receivers::kNumWarps;
+            num_warps = gridDim.x * Everyone::kNumWarps;
   const comm::Granules first = comm::granules_of(row_bytes_of(params), 0, shape.num_parts);
   const u32 num_slices = comm::num_slices_of(first.end, num_items, num_warps);
 #pragma unroll 1
-  for (u32 i = blockIdx.x + gridDim.x * Receivers::warp(); i < num_items * num_slices;
+  for (u32 i = blockIdx.x + gridDim.x * Everyone::warp(); i < num_items * num_slices;
        i += num_warps) {
     sum_slice(params, round, i / num_slices, {i % num_slices, num_slices}, few);
   }

@@ -9,6 +9,8 @@
 
 namespace epcomm {
 
+static_assert(!comm::kHasReceivers, "all warps send, then receive");
+
 struct LowLatencyCombineParams {
   comm::LowLatencyCall call;
   const u8* rows;
@@ -29,6 +31,9 @@ enum Precision : u32 { kByRank = 0, kByExpert };
 __device__ __forceinline__ u32 row_bytes_of(const LowLatencyCombineParams& params) {
   return params.call.shape.hidden * 2;
 }
+
+// All warps of a block are senders, and then receivers: see comm/crews.cuh.
+using Everyone = comm::Senders;
 
 // Ranges of dispatch's layout that a block keeps.
 constexpr u32 kKeptRanges = 512;

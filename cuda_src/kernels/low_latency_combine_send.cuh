@@ -11,8 +11,6 @@
 
 namespace epcomm {
 
-using comm::Senders;
-
 // Between a thread's vectors of a part that its group sends.
 constexpr u32 kSendStep = kGroupWarps * comm::kGranuleBytes;
 
@@ -39,7 +37,7 @@ struct SumsTarget {
                                         bool is_in_cells)
       : row(slot_row(params, round, part.source, params.call.rank, part.token)),
         cells(slab::cell_row(params.call.slabs, part.source, round.slot, params.call.rank,
-                             is_in_cells ? part.token : 0)),
+                             part.token)),
         is_in_cells(is_in_cells) {}
 
   __device__ __forceinline__ void put(u32 at, const Sums& sums, u32 epoch) const {
@@ -51,16 +49,12 @@ struct SumsTarget {
   }
 };
 
-// Vectors of experts' rows that each sender has on their way into shared memory. They take no
-// registers there, so they are more than loads could be, however few choices a token has here. Two
-// of a choice go together: what is done once for each choice is half as much.
-constexpr u32 kStageVectors = 2;
-
+// Vectors of experts' rows that each thread has on their way into shared memory. They take no
+// registers there, so they are more than loads could be, however few choices a token has here. A
+// few of a choice go together: what is done once for each choice is so much less. In shared memory.
 struct Stages {
-  Vec16 vectors[kNumSumStages][kStageVectors][Senders::kNumThreads];
+  Vec16 vectors[kNumSumStages][kStageVectors][Everyone::kNumThreads];
 };
-
-static_assert(sizeof(Stages) == kSumStageBytes, "epcomm/jit/kernels.py differs");
 
 // Fetches a part's vectors: of each choice a few, and then the next few.
 class Fetch {
@@ -87,7 +81,7 @@ class Fetch {
 
  private:
   __device__ __forceinline__ Vec16* stage(u32 i) {
-    return &stages_->vectors[stage_][i][Senders::thread()];
+    return &stages_->vectors[stage_][i][Everyone::thread()];
   }
 
   __device__ __forceinline__ void start() {
@@ -181,7 +175,7 @@ __device__ __forceinline__ void send_part(const LowLatencyCombineParams& params,
                           round.epoch);
 }
 
-// Sends parts of a source's rows. By senders; each group for itself.
+// Sends parts of a source's rows. Each group for itself.
 __device__ __forceinline__ void send_parts(const LowLatencyCombineParams& params,
                                            const comm::Round& round, comm::Parts parts,
                                            bool are_in_cells, Stages* stages) {

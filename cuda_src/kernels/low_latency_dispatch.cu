@@ -24,7 +24,7 @@
 #include "kernels/low_latency_dispatch_rows.cuh"
 #include "kernels/low_latency_dispatch_send.cuh"
 
-static_assert(epcomm::comm::kHasReceivers, "else rows would wait for rows of the same block");
+static_assert(epcomm::comm::kHasReceivers, "else nobody sends tables, or receives");
 
 extern "C" __global__ void __launch_bounds__(epcomm::comm::kLowLatencyThreads, 1)
     epcomm_low_latency_dispatch(const __grid_constant__ epcomm::LowLatencyDispatchParams params) {

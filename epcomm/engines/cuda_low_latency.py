@@ -41,7 +41,7 @@ from epcomm.jit import kernels
 
 # As in comm/low_latency.cuh.
 _SENDS, _RECEIVES = 1, 2
-_SPAN_BYTES, _COUNT_BYTES, _MASK_BYTES = 8, 4, 4
+_MASK_BYTES = 4
 _TICKET_BYTES, _NUM_TICKETS = 4, 1024
 
 
@@ -168,7 +168,7 @@ class CudaLowLatency:
             grid=grid,
             params=cuda_params.LOW_LATENCY_DISPATCH,
             shape=(*agreed, 0, num_parts),
-            shared_bytes=_dispatch_shared_bytes(shape),
+            shared_bytes=kernels.low_latency_dispatch_bytes(shape.num_ranks, num_local),
         )
         counts = cupy.empty(num_local, np.int32)
         sources = cupy.empty((num_local, shape.num_recv_rows), np.int32)
@@ -278,7 +278,7 @@ class CudaLowLatency:
         shape, fp8, idx = request.shape, request.fp8, request.topk_idx
         self._check_unreceived(name)
         num_tokens, num_topk = idx.shape
-        _check_limits(shape, num_topk)
+        check_limits(shape, num_topk)
         is_fp8, grid = fp8 is not Fp8Format.NONE, LOW_LATENCY_DISPATCH_GRID
         told = (
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
@@ -301,7 +301,9 @@ class CudaLowLatency:
             grid=grid,
             params=cuda_params.LOW_LATENCY_DISPATCH,
             shape=told,
-            shared_bytes=_dispatch_shared_bytes(shape),
+            shared_bytes=kernels.low_latency_dispatch_bytes(
+                shape.num_ranks, shape.num_local_experts
+            ),
         )
         own = (
             *(request.data.ptr, idx.ptr, result["data"].ptr),
@@ -325,7 +327,7 @@ class CudaLowLatency:
         num_tokens, num_topk = idx.shape
         is_by_rank = request.precision is CombinePrecision.RANK
         grid = LOW_LATENCY_COMBINE_GRID
-        _check_limits(shape, num_topk)
+        check_limits(shape, num_topk)
         told = (
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
             *(shape.num_max_tokens, shape.hidden, shape.num_experts),
@@ -347,7 +349,7 @@ class CudaLowLatency:
             grid=grid,
             params=cuda_params.LOW_LATENCY_COMBINE,
             shape=told,
-            shared_bytes=kernels.sum_stage_bytes(grid) + shape.num_local_experts * _SPAN_BYTES,
+            shared_bytes=kernels.low_latency_combine_bytes(grid, shape.num_local_experts),
         )
         own = (
             *(request.data.ptr, idx.ptr, request.topk_weights.ptr),
@@ -398,21 +400,19 @@ class CudaLowLatency:
         cupy.cuda.runtime.memsetAsync(ptr, int(is_masked), 1, self._stream().ptr)
 
 
-def _dispatch_shared_bytes(shape: LowLatencyShape) -> int:
-    return shape.num_local_experts * (_SPAN_BYTES + shape.num_ranks * _COUNT_BYTES)
-
-
-def _check_limits(shape: LowLatencyShape, num_topk: int) -> None:
+def check_limits(shape: LowLatencyShape, num_topk: int) -> None:
+    """Raise InvalidArgument where a call is not taken."""
     if shape.num_max_tokens > cuda_layout.MAX_LOW_LATENCY_TOKENS:
         raise InvalidArgument(
             f"num_max_dispatch_tokens_per_rank is {shape.num_max_tokens}; low-latency calls of the "
             f"cuda engine take at most {cuda_layout.MAX_LOW_LATENCY_TOKENS}. Use dispatch and "
             "combine for more."
         )
-    if shape.num_local_experts > cuda_layout.MAX_LOCAL_EXPERTS:
+    most = cuda_layout.MAX_LOW_LATENCY_LOCAL_EXPERTS
+    if shape.num_local_experts > most:
         raise InvalidArgument(
-            f"num_experts is {shape.num_experts}; the cuda engine takes at most "
-            f"{cuda_layout.MAX_LOCAL_EXPERTS} a rank."
+            f"num_experts is {shape.num_experts}; low-latency calls of the cuda engine take at "
+            f"most {most} a rank, {most * shape.num_ranks} here. Use dispatch and combine for more."
         )
     if shape.hidden * BFLOAT16.itemsize % 16 or num_topk == 0:
         raise InvalidArgument(

@@ -19,9 +19,10 @@ _DTYPE_NAMES = {"kDtypeBfloat16": 0, "kDtypeFloat16": 1, "kDtypeFloat32": 2}
 ROUTE_THREADS = 1024
 #: Warps of a block of dispatch that fetch, at most.
 MAX_FETCH_WARPS = 8
-#: Pairs of vectors that a thread of low_latency_combine.cu has on their way, and their bytes.
-NUM_SUM_STAGES = 4
-_STAGE_BYTES = 32
+# Vectors that a thread of low_latency_combine.cu has on their way: so many times so many.
+_SUM_STAGES, _STAGE_VECTORS, _VECTOR_BYTES = 4, 2, 16
+# What low-latency kernels keep of each expert: a Span, and in dispatch a count for each rank.
+_SPAN_BYTES, _COUNT_BYTES = 8, 4
 #: Pieces after which a warp looks whether a piece that it sent is written.
 RING_LAG = 4
 
@@ -140,8 +141,8 @@ class LowLatencyGrid:
         group_warps: Warps of a group.
         receive_warps: Warps of a block that only receive: some in dispatch, none in combine.
         batch_entries: Choices that a block has in hand at a time, at least 32.
-        kept_entries: Choices of all ranks that a block keeps once it has read them; more are read
-            again.
+        kept_entries: Choices of all ranks that a block of dispatch keeps once it has read them;
+            more are read again.
         cell_tokens: Tokens up to which a rank's rows cross as cells, at most
             ``cuda_layout.MAX_CELL_TOKENS``.
     """
@@ -169,9 +170,9 @@ def low_latency_dispatch_spec(num_ranks: int, is_fp8: bool, grid: LowLatencyGrid
     return _low_latency_spec("low_latency_dispatch", num_ranks, grid, own)
 
 
-def sum_stage_bytes(grid: LowLatencyGrid) -> int:
-    """Return the shared memory of a block of low_latency_combine.cu for rows on their way."""
-    return NUM_SUM_STAGES * _STAGE_BYTES * grid.num_threads
+def low_latency_dispatch_bytes(num_ranks: int, num_local_experts: int) -> int:
+    """Return the dynamic shared memory of a block of low_latency_dispatch.cu."""
+    return num_local_experts * (_SPAN_BYTES + num_ranks * _COUNT_BYTES)
 
 
 @cache
@@ -179,10 +180,16 @@ def low_latency_combine_spec(num_ranks: int, grid: LowLatencyGrid) -> KernelSpec
     """Return the spec of low_latency_combine.cu."""
     own = {
         "kLowLatencyCombineParamsBytes": cuda_params.LOW_LATENCY_COMBINE.itemsize,
-        "kNumSumStages": NUM_SUM_STAGES,
-        "kSumStageBytes": sum_stage_bytes(grid),
+        "kNumSumStages": _SUM_STAGES,
+        "kStageVectors": _STAGE_VECTORS,
     }
     return _low_latency_spec("low_latency_combine", num_ranks, grid, own)
+
+
+def low_latency_combine_bytes(grid: LowLatencyGrid, num_local_experts: int) -> int:
+    """Return the dynamic shared memory of a block of low_latency_combine.cu."""
+    stages = _SUM_STAGES * _STAGE_VECTORS * _VECTOR_BYTES * grid.num_threads
+    return stages + num_local_experts * _SPAN_BYTES
 
 
 def _low_latency_spec(

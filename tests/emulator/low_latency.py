@@ -316,7 +316,7 @@ class Rank:
         params["num_scales"] = number
         grid = case.grids.dispatch
         spec = kernels.low_latency_dispatch_spec(case.num_ranks, is_fp8, grid)
-        shared = local * 4 * (2 + case.num_ranks)
+        shared = kernels.low_latency_dispatch_bytes(case.num_ranks, local)
         receive = self._start(
             case, (spec, grid), params, call | (shape or {}), has_hook, shared, wait_stats
         )
@@ -358,7 +358,7 @@ class Rank:
             params,
             call | (shape or {}),
             has_hook,
-            kernels.sum_stage_bytes(grid) + case.num_local * 8,
+            kernels.low_latency_combine_bytes(grid, case.num_local),
             wait_stats,
         )
         if has_hook:
