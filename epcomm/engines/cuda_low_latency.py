@@ -278,7 +278,7 @@ class CudaLowLatency:
         shape, fp8, idx = request.shape, request.fp8, request.topk_idx
         self._check_unreceived(name)
         num_tokens, num_topk = idx.shape
-        check_limits(shape, num_topk)
+        _check_limits(shape, num_topk)
         is_fp8, grid = fp8 is not Fp8Format.NONE, LOW_LATENCY_DISPATCH_GRID
         told = (
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
@@ -327,7 +327,7 @@ class CudaLowLatency:
         num_tokens, num_topk = idx.shape
         is_by_rank = request.precision is CombinePrecision.RANK
         grid = LOW_LATENCY_COMBINE_GRID
-        check_limits(shape, num_topk)
+        _check_limits(shape, num_topk)
         told = (
             cuda_failures.LOW_LATENCY_CALL_INDEX[name],
             *(shape.num_max_tokens, shape.hidden, shape.num_experts),
@@ -400,8 +400,7 @@ class CudaLowLatency:
         cupy.cuda.runtime.memsetAsync(ptr, int(is_masked), 1, self._stream().ptr)
 
 
-def check_limits(shape: LowLatencyShape, num_topk: int) -> None:
-    """Raise InvalidArgument where a call is not taken."""
+def _check_limits(shape: LowLatencyShape, num_topk: int) -> None:
     if shape.num_max_tokens > cuda_layout.MAX_LOW_LATENCY_TOKENS:
         raise InvalidArgument(
             f"num_max_dispatch_tokens_per_rank is {shape.num_max_tokens}; low-latency calls of the "

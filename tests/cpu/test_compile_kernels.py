@@ -8,8 +8,8 @@ import sys
 import pytest
 from launch import ROOT, run_command
 
-#: It takes three minutes of two processors that nobody else uses.
-LIMIT_S = 1200.0
+#: It takes three minutes of two fast processors that nobody else uses, and took 17 of slow ones.
+LIMIT_S = 2400.0
 
 
 @pytest.mark.timeout(LIMIT_S + 60)

@@ -11,22 +11,14 @@ import numpy as np
 import pytest
 
 from epcomm.arrays import empty_aligned, view_numpy
-from epcomm.cuda_layout import MAX_LOCAL_EXPERTS, MAX_LOW_LATENCY_LOCAL_EXPERTS
+from epcomm.cuda_layout import MAX_LOCAL_EXPERTS
 from epcomm.engines import cuda_failures, cuda_params
-from epcomm.engines.base import (
-    CombineRequest,
-    DispatchInto,
-    DispatchRequest,
-    LayoutViews,
-    LowLatencyShape,
-    TopK,
-)
+from epcomm.engines.base import CombineRequest, DispatchInto, DispatchRequest, LayoutViews, TopK
 from epcomm.engines.cuda_limits import Limits
 from epcomm.errors import CommTimeout, InvalidArgument, RankMismatch, TransportError
 from epcomm.handle import DispatchHandle
 
 cuda = pytest.importorskip("epcomm.engines.cuda", reason="CuPy is not installed")
-cuda_low_latency = pytest.importorskip("epcomm.engines.cuda_low_latency")
 
 TIMEOUT, PEER_GAVE_UP, MISMATCH, BAD_EXPERT = 1, 2, 3, 5
 EXPERT_TWICE, LOW_LATENCY_MISMATCH, BAD_CHOICES = 6, 7, 8
@@ -244,14 +236,6 @@ def test_a_part_is_refused_before_anything_is_sent(part_engine: Any) -> None:
         part_engine.check_part(fits, LIST_TOKENS + 1)
     with pytest.raises(InvalidArgument, match="num_experts is"):
         part_engine.check_part(make_request(4, 4 * MAX_LOCAL_EXPERTS + 4), 4)
-
-
-def test_low_latency_calls_of_too_many_experts_are_refused() -> None:
-    """Their blocks would take more shared memory than some GPUs have."""
-    most = 2 * MAX_LOW_LATENCY_LOCAL_EXPERTS
-    cuda_low_latency.check_limits(LowLatencyShape(8, 128, most, num_ranks=2), num_topk=8)
-    with pytest.raises(InvalidArgument, match=f"num_experts is {most + 2}.*at most 1024 a rank"):
-        cuda_low_latency.check_limits(LowLatencyShape(8, 128, most + 2, num_ranks=2), num_topk=8)
 
 
 class Launched(Exception):

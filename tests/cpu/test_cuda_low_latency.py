@@ -428,7 +428,7 @@ def test_more_than_kernels_take_is_refused(on_cpu: None) -> None:
         rank = _Rank(group)
         for case, message in (
             (emulated.Case("many", (1,), 1025, hidden=8), "at most 1024"),
-            (emulated.Case("experts", (1,), 1, hidden=8, num_local=2049), "at most 2048 a rank"),
+            (emulated.Case("experts", (1,), 1, hidden=8, num_local=1025), "at most 1024 a rank"),
         ):
             with pytest.raises(InvalidArgument, match=message):
                 rank.dispatch(case, emulated.make_inputs(case, 0, 0, 8))
