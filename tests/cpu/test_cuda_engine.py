@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from epcomm import gpus
 from epcomm.arrays import empty_aligned, view_numpy
 from epcomm.cuda_layout import MAX_LOCAL_EXPERTS
 from epcomm.engines import cuda_failures, cuda_params
@@ -236,6 +237,18 @@ def test_a_part_is_refused_before_anything_is_sent(part_engine: Any) -> None:
         part_engine.check_part(fits, LIST_TOKENS + 1)
     with pytest.raises(InvalidArgument, match="num_experts is"):
         part_engine.check_part(make_request(4, 4 * MAX_LOCAL_EXPERTS + 4), 4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    # The last has too little shared memory for them.
+    [("80", False), ("89", False), ("90", True), ("100", True), ("120", False)],
+)
+def test_which_gpus_take_bulk_copies(
+    monkeypatch: pytest.MonkeyPatch, capability: str, expected: bool
+) -> None:
+    monkeypatch.setattr("cupy.cuda.Device", lambda: SimpleNamespace(compute_capability=capability))
+    assert gpus.has_bulk_copies() == expected
 
 
 class Launched(Exception):
