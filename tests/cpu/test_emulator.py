@@ -351,7 +351,7 @@ def found(
         sources = folder / str(FAULTS.index(fault))
         fault.plant(source_dir(), sources)
         is_watched = fault.is_watched
-        return run_program(fault.case, cache, sources=sources, is_watched=is_watched, seeds=8)
+        return run_program(fault.case, cache, sources=sources, is_watched=is_watched, seeds=24)
 
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     faults = [call.params["fault"] for call in calls if call and "fault" in call.params]

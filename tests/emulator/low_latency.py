@@ -139,7 +139,9 @@ CASES = (
         num_parts=(3, 1, 2),
         num_rounds=12,
     ),
-    Case("three ranks, odd rows", (1, 12, 5), 12, hidden=264, num_local=3, grids=_WIDE),
+    Case(
+        "three ranks, odd rows", (1, 12, 5), 12, hidden=264, num_local=3, num_rounds=12, grids=_WIDE
+    ),
     Case("four ranks, hooks", (5, 0, 8, 2), 8, fp8=_FLOAT, has_hooks=True, num_rounds=6),
     Case(
         "four ranks by expert, hooks",
@@ -525,7 +527,7 @@ def make_inputs(case: Case, round_index: int, rank: int, seed: int) -> Inputs:
         blocks = rows.reshape(num_tokens, case.hidden // BLOCK, BLOCK)
         exponent = rng.integers(-30, 20, (*blocks.shape[:2], 1)).astype(np.float32)
         blocks *= np.float32(2) ** exponent * (rng.random(exponent.shape) < 0.95)
-    sizes = np.float32(2) ** rng.integers(-12, 12, (*idx.shape, 1)).astype(np.float32)
+    sizes = np.float32(2) ** rng.integers(-24, 24, (*idx.shape, 1)).astype(np.float32)
     results = rng.standard_normal((*idx.shape, case.hidden), np.float32) * sizes
     # Some cancel, so that what is left of a sum depends on the order of its additions.
     cancels = rng.random(results[:, 1::2].shape) < 0.5
