@@ -174,13 +174,13 @@ class Checker:
     def same(self, what: str, got: Array, want: Array) -> None:
         """Check that two NumPy arrays have the same bits."""
         raw = np.dtype(f"u{want.dtype.itemsize}")
-        differs = np.argwhere(_packed(got).view(raw) != _packed(want).view(raw))
-        if len(differs):
-            at = tuple(differs[0].tolist())
+        differs = _packed(got).view(raw) != _packed(want).view(raw)
+        if differs.any():
+            at = tuple(np.argwhere(differs)[0].tolist())
             self.fail(
                 what,
-                f"{len(differs)} of {want.size} elements of {want.dtype}{list(want.shape)} differ, "
-                f"first at {list(at)}: got {got[at]!r}, want {want[at]!r}",
+                f"{differs.sum()} of {want.size} elements of {want.dtype}{list(want.shape)} "
+                f"differ, first at {list(at)}: got {got[at]!r}, want {want[at]!r}",
             )
 
 

@@ -136,7 +136,7 @@ def decode_step(check: Checker, case: low_latency.Case, round_: int) -> None:
         check.make("rows", filled), idx, check.make("topk_weights", mine.topk_weights), handle
     )
     want = oracle.low_latency_combine(
-        low_latency.results_of_choices(case, round_, mine, num_experts),
+        low_latency.results_of_choices(case, mine, num_experts),
         mine.topk_idx,
         mine.topk_weights,
         case.num_local,

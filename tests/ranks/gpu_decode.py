@@ -73,11 +73,11 @@ def round_set(case: Case, number: int, me: int, num_ranks: int) -> RoundSet:
     for local, sources in enumerate(origins.origins):
         base = oracle.pick([one.base for one in everyone], sources)
         expert = me * case.num_local + local
-        rows[local, : len(sources)] = experts_result(case, number, expert, base)
+        rows[local, : len(sources)] = experts_result(case, expert, base)
     casts = [cast_of(case, number, rank, num_ranks) for rank in range(num_ranks)]
     parts = [[part for part in cast if part is not None] for cast in casts]
     combined = oracle.low_latency_combine(
-        results_of_choices(case, number, mine, num_experts),
+        results_of_choices(case, mine, num_experts),
         mine.topk_idx,
         mine.topk_weights,
         case.num_local,

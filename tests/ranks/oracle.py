@@ -170,27 +170,14 @@ _SMALLEST_AMAX = np.float32(1e-4)
 BLOCK = 128
 
 
-def _e4m3_values() -> npt.NDArray[np.float32]:
-    """Return the finite values that are not negative, by their code."""
-    values = []
-    for code in range(0x7F):
-        exponent, mantissa = code >> 3, code & 7
-        values.append((8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9)
-    return np.array(values, np.float32)
-
-
-_E4M3 = _e4m3_values()
-
-
 def to_e4m3(values: npt.NDArray[np.float32]) -> Array:
     """Round to the nearest e4m3 value, ties to even, too large ones to 448."""
     size = np.minimum(np.abs(values), _E4M3_MAX)
-    above = np.minimum(np.searchsorted(_E4M3, size), len(_E4M3) - 1)
-    below = np.maximum(above - 1, 0)
-    middle = (_E4M3[below] + _E4M3[above]) / 2
-    is_up = (size > middle) | ((size == middle) & (above % 2 == 0))
-    code = np.where(is_up, above, below) | np.where(np.signbit(values), 0x80, 0)
-    return code.astype(np.uint8).view(FLOAT8)
+    # Values from 2^e on are 2^(e - 3) apart, eight to the next power; those below 2^-6 as at it.
+    exponent = np.maximum(np.frexp(size)[1] - 1, -6)
+    steps = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)
+    code = np.where(size == 0, 0, 8 * (exponent + 6) + steps)
+    return (code | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8).view(FLOAT8)
 
 
 def cast_to_fp8(rows: Array, is_rounded: bool) -> tuple[Array, npt.NDArray[np.float32]]:
