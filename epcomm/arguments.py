@@ -19,7 +19,7 @@ from epcomm.engines.base import (
     TopK,
 )
 from epcomm.errors import InvalidArgument, kind_of
-from epcomm.events import EventOverlap
+from epcomm.events import EventHandle, EventOverlap
 from epcomm.fp8 import BLOCK
 from epcomm.frameworks import Framework, framework_of
 from epcomm.handle import DispatchHandle
@@ -184,6 +184,12 @@ def check_events(previous_event: Any, async_finish: bool, allocate_on_comm_strea
         raise InvalidArgument(
             f"previous_event is {kind_of(previous_event)}; it must be an EventOverlap, "
             "such as Buffer.capture() returns, or None."
+        )
+    event = None if previous_event is None else previous_event.event
+    if event is not None and not isinstance(event, EventHandle):
+        raise InvalidArgument(
+            f"previous_event holds {kind_of(event)}; it must hold an EventHandle, which its maker "
+            "records on the current stream: pass Buffer.capture()."
         )
     if allocate_on_comm_stream and not (previous_event is not None and async_finish):
         raise InvalidArgument(

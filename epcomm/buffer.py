@@ -27,7 +27,7 @@ from epcomm.engines.make import EngineSetup, make_engine
 from epcomm.errors import ClosedError, InvalidArgument, RankMismatch, UnsupportedConfig, kind_of
 from epcomm.events import EventHandle, EventOverlap
 from epcomm.frameworks import Framework, framework_of, framework_of_dtype
-from epcomm.gpus import current_gpu, find_num_gpus, has_bulk_copies
+from epcomm.gpus import CudaErrors, current_gpu, find_num_gpus, has_bulk_copies
 from epcomm.group import Group, as_group
 from epcomm.handle import DispatchHandle
 from epcomm.low_latency import LowLatencyCalls
@@ -78,6 +78,8 @@ class Buffer(LowLatencyCalls):
         RankMismatch: Ranks passed different values.
         UnsupportedConfig: The engine cannot serve this group.
         TransportError: Memory could not be shared.
+
+    Where a call of CUDA fails, the calls of a Buffer raise CudaError.
     """
 
     #: Multiprocessors of a GPU that calls without a config may use.
@@ -117,11 +119,10 @@ class Buffer(LowLatencyCalls):
         self.enable_shrink = enable_shrink
         settings = env.settings()
         self.timeout_s = settings.timeout_s if timeout_s is None else _seconds(timeout_s)
-        wanted = arguments.engine_name(engine or settings.engine)
-        name = choose_engine(wanted)  # before any peer is touched
-        number = None if device is None else _gpu_number(device)
+        name, number = engine_and_gpu(engine, device)  # before any peer is touched
         ranks = as_group(self.group, self.timeout_s)
         self.rank = ranks.rank
+        self._cuda_errors = CudaErrors(self.rank)
         self.group_size = ranks.size
         self.id = next(_buffer_ids)
         _agree_on_setup(
@@ -149,7 +150,8 @@ class Buffer(LowLatencyCalls):
             timeout_s=self.timeout_s,
             buffer_id=self.id,
         )
-        self._engine = make_engine(name, ranks, self._topology, setup)
+        with self._cuda_errors:
+            self._engine = make_engine(name, ranks, self._topology, setup)
 
     def __repr__(self) -> str:
         if self._engine is None:
@@ -164,7 +166,8 @@ class Buffer(LowLatencyCalls):
         """Let go of all shared memory. Every rank calls it; calling it again does nothing."""
         if self._engine is not None:
             engine, self._engine, self._known_layout = self._engine, None, None
-            engine.close(is_collective=True)
+            with self._cuda_errors:
+                engine.close(is_collective=True)
 
     def __del__(self) -> None:
         # Collected without destroy(), at a moment of its own: peers cannot be waited for.
@@ -237,10 +240,11 @@ class Buffer(LowLatencyCalls):
         skip = arguments.whole_number(offset, "offset", 0, None)
         itemsize = numpy_dtype.itemsize
         if size is None:
-            size = (memory.num_bytes - skip) // itemsize
-        shape = tuple(size) if isinstance(size, Iterable) else (size,)
+            size = max(0, memory.num_bytes - skip) // itemsize
+        sizes = size if isinstance(size, Iterable) else (size,)
+        shape = tuple(arguments.whole_number(n, "size", 0, None) for n in sizes)
         end = skip + math.prod(shape) * itemsize
-        if skip % itemsize or end > memory.num_bytes or min(shape, default=0) < 0:
+        if skip % itemsize or end > memory.num_bytes:
             raise InvalidArgument(
                 f"size {list(shape)} of {numpy_dtype.name} from byte {skip} ends at byte {end}; it "
                 f"must begin at a multiple of {itemsize} and end within the slab's "
@@ -271,9 +275,11 @@ class Buffer(LowLatencyCalls):
         Args:
             topk_idx: ``[num_tokens, num_topk]`` int64 or int32 expert ids, -1 for no choice.
             num_experts: Experts over all ranks, a multiple of the number of ranks.
-            previous_event: Event to wait for in place of the current stream.
+            previous_event: Event to wait for in place of the current stream, unless it is empty;
+                arrays of CuPy and JAX are waited for on the current stream as well.
             async_finish: Whether the caller waits through the returned event.
-            allocate_on_comm_stream: Whether outputs belong to the communication stream.
+            allocate_on_comm_stream: Allowed with the two above alone; torch's outputs then belong
+                to the communication stream, as always with a previous_event.
 
         Returns:
             ``num_tokens_per_rank [num_ranks] int32``; ``num_tokens_per_rdma_rank [num_nodes]
@@ -291,7 +297,7 @@ class Buffer(LowLatencyCalls):
             dtypes=arguments.INDEX_DTYPES,
         )
         framework = framework_of(topk_idx, "topk_idx")
-        with engine.active():
+        with self._cuda_errors, engine.active():
             order = self._begin(engine, framework, previous_event, async_finish, [topk_idx])
             layout = engine.make_layout(idx, experts, self._allocate(framework, order))
             event = self._end(engine, framework, order, (topk_idx, layout))
@@ -334,7 +340,8 @@ class Buffer(LowLatencyCalls):
             x: ``[num_tokens, hidden]`` bool, 8- to 64-bit integers, f16, bf16, f32, f64 or fp8, a
                 row being a multiple of 16 bytes; or a pair of such data of one byte an element and
                 ``[num_tokens, num_scales]`` f32 or int32.
-            handle: An earlier dispatch whose routes are taken again; then no layout and no choices.
+            handle: An earlier dispatch whose routes are taken again, and so many rows come out;
+                then no choices are passed, and layout, alignment and num_worst_tokens are not used.
             num_tokens_per_rank: From `get_dispatch_layout`, as the three that follow.
             num_tokens_per_rdma_rank: Not used: the other arrays tell it.
             is_token_in_rank: See above.
@@ -344,11 +351,14 @@ class Buffer(LowLatencyCalls):
             topk_weights: ``[num_tokens, num_topk] f32``.
             expert_alignment: The returned counts are rounded up to it.
             num_worst_tokens: If above 0, exactly so many rows come out, and the host learns no
-                count. More arrivals than that are an error on every rank.
+                count. More arrivals than that are an error on every rank. On the cuda engine all
+                ranks pass one, or none does.
             config: Tuning numbers; None takes the recommended ones.
-            previous_event: Event to wait for in place of the current stream.
+            previous_event: Event to wait for in place of the current stream, unless it is empty;
+                arrays of CuPy and JAX are waited for on the current stream as well.
             async_finish: Whether the caller waits through the returned event.
-            allocate_on_comm_stream: Whether outputs belong to the communication stream.
+            allocate_on_comm_stream: Allowed with the two above alone; torch's outputs then belong
+                to the communication stream, as always with a previous_event.
             num_experts: In place of the layout arrays, with topk_idx: the layout is made here.
 
         Returns:
@@ -407,7 +417,7 @@ class Buffer(LowLatencyCalls):
             inputs = [x, topk_idx, topk_weights, *given]
         alignment = arguments.whole_number(expert_alignment, "expert_alignment", 1)
         num_rows = arguments.whole_number(num_worst_tokens, "num_worst_tokens", 0)
-        with engine.active():
+        with self._cuda_errors, engine.active():
             order = self._begin(engine, framework, previous_event, async_finish, inputs)
             request = DispatchRequest(
                 data=data,
@@ -466,9 +476,11 @@ class Buffer(LowLatencyCalls):
             topk_weights: ``[M, num_topk] f32``, summed elementwise alongside.
             bias: None, or one or two ``[num_tokens, hidden]`` of the dtype of x.
             config: Tuning numbers; None takes the recommended ones.
-            previous_event: Event to wait for in place of the current stream.
+            previous_event: Event to wait for in place of the current stream, unless it is empty;
+                arrays of CuPy and JAX are waited for on the current stream as well.
             async_finish: Whether the caller waits through the returned event.
-            allocate_on_comm_stream: Whether outputs belong to the communication stream.
+            allocate_on_comm_stream: Allowed with the two above alone; torch's outputs then belong
+                to the communication stream, as always with a previous_event.
 
         Returns:
             ``combined_x [num_tokens, hidden]``; ``combined_topk_weights [num_tokens, num_topk]``
@@ -486,7 +498,7 @@ class Buffer(LowLatencyCalls):
         framework = framework_of(x, "x")
         views = arguments.view_combine(x, known, topk_weights, bias, self._place)
         inputs = [x, topk_weights, bias]
-        with engine.active():
+        with self._cuda_errors, engine.active():
             order = self._begin(engine, framework, previous_event, async_finish, inputs)
             request = CombineRequest(
                 data=views.data,
@@ -519,11 +531,13 @@ class Buffer(LowLatencyCalls):
         """Order the next call after the caller's work."""
         if not framework.has_streams:
             framework.wait_ready(inputs)
+        # An empty event, as of a call that was not asynchronous, says nothing of the caller's work.
+        event = None if previous_event is None else previous_event.event
         order = StreamOrder(
             current_stream=framework.current_stream(self._place.device),
             # Where memory of the current stream may be reused, waiting for it is the price.
-            waits_for_current=previous_event is None or not framework.tracks_streams,
-            previous_event=None if previous_event is None else previous_event.event,
+            waits_for_current=event is None or not framework.tracks_streams,
+            previous_event=event,
             is_async=async_finish,
         )
         engine.begin(order)
@@ -561,6 +575,20 @@ def _agree_on_setup(group: Group, mine: dict[str, Any], timeout_s: float) -> Non
             raise RankMismatch(
                 f"Buffer: ranks disagree on {name} ({shown}). Every rank must pass the same."
             )
+
+
+def engine_and_gpu(engine: str | None, device: Any) -> tuple[str, int | None]:
+    """Return which engine and which GPU a Buffer's arguments stand for, or raise.
+
+    Args:
+        engine: As in `Buffer`.
+        device: As in `Buffer`.
+
+    Returns:
+        The engine's name; the GPU's number, None where none was named.
+    """
+    name = choose_engine(arguments.engine_name(engine or env.settings().engine))
+    return name, None if device is None else _gpu_number(device)
 
 
 def _gpu_number(device: Any) -> int:

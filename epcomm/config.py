@@ -59,10 +59,11 @@ class Config:
 
         Args:
             hidden_bytes: Bytes of one row, scales included.
-            num_ranks: Ranks of the node.
+            num_ranks: Ranks of the group. Those of a node count: EPCOMM_RANKS_PER_NODE, else 8.
             num_max_tokens: Most tokens that a rank passes in one call.
         """
         _check_sizes(hidden_bytes=hidden_bytes, num_ranks=num_ranks, num_max_tokens=num_max_tokens)
+        num_ranks = min(num_ranks, _ranks_per_node())
         num_rows = (num_ranks + 1) * num_max_tokens + 1
         return num_rows * (hidden_bytes + _TOPK_BYTES) + num_ranks * num_max_tokens + _FIXED_BYTES
 
@@ -81,7 +82,7 @@ class Config:
             num_max_tokens: Most tokens that a rank passes in one call.
         """
         _check_sizes(hidden_bytes=hidden_bytes, num_ranks=num_ranks, num_max_tokens=num_max_tokens)
-        ranks_per_node = env.settings().ranks_per_node or _MAX_RANKS_PER_NODE
+        ranks_per_node = _ranks_per_node()
         num_others = -(-num_ranks // ranks_per_node) - 1
         if num_others == 0:
             return 0
@@ -90,6 +91,10 @@ class Config:
         rows_bytes = num_messages * (num_rows * (hidden_bytes + _TOPK_BYTES) + _MESSAGE_BYTES)
         # Before the rows, where they go crosses: a flag a rank of a node and token.
         return max(rows_bytes, 2 * num_others * (ranks_per_node * num_max_tokens + _FIXED_BYTES))
+
+
+def _ranks_per_node() -> int:
+    return env.settings().ranks_per_node or _MAX_RANKS_PER_NODE
 
 
 def check_num_sms(num_sms: int) -> None:

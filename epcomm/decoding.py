@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from epcomm import arguments
 from epcomm.buffer import Buffer
+from epcomm.errors import InvalidArgument
 from epcomm.events import EventOverlap
+from epcomm.fp8 import BLOCK
 from epcomm.group import as_group
 from epcomm.one_buffer import OneBuffer
 
@@ -36,11 +39,16 @@ def get_buffer(
     Args:
         group: What `Buffer` takes as group.
         num_max_dispatch_tokens_per_rank: Most tokens a rank passes in one call.
-        hidden: Elements of a row.
+        hidden: Elements of a row, a multiple of 128: rows are sent as fp8.
         num_experts: Experts over all ranks.
         engine: What `Buffer` takes as engine.
         device: What `Buffer` takes as device.
     """
+    if arguments.whole_number(hidden, "hidden", 1) % BLOCK:
+        raise InvalidArgument(
+            f"hidden is {hidden}; it must be a multiple of {BLOCK}, as rows are sent as fp8. Pad "
+            "it, or send bf16: low_latency_dispatch of an epcomm.Buffer with use_fp8=False."
+        )
     num_rdma_bytes = Buffer.get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank,
         hidden,

@@ -23,6 +23,7 @@ from epcomm.engines.base import (
 from epcomm.errors import InvalidArgument, kind_of
 from epcomm.events import EventOverlap
 from epcomm.frameworks import Framework, framework_of, writable_framework
+from epcomm.gpus import CudaErrors
 
 Hook = Callable[[], None]
 
@@ -33,6 +34,7 @@ class LowLatencyCalls:
     group_size: int
     enable_shrink: bool
     _place: Place
+    _cuda_errors: CudaErrors
 
     def _open(self) -> Engine:
         raise NotImplementedError
@@ -159,7 +161,7 @@ class LowLatencyCalls:
             self.group_size,
             INT64,
         )
-        with engine.active():
+        with self._cuda_errors, engine.active():
             order = self._begin(engine, framework, None, async_finish, [x, topk_idx])
             request = LowLatencyDispatchRequest(
                 data=data,
@@ -201,7 +203,7 @@ class LowLatencyCalls:
 
         def hook() -> None:
             engine = self._open()
-            with engine.active():
+            with self._cuda_errors, engine.active():
                 order = self._begin(engine, framework, None, False, [])
                 receive()
                 self._end(engine, framework, order, (receive, keep))
@@ -277,7 +279,7 @@ class LowLatencyCalls:
             self.group_size,
             INT64,
         )
-        with engine.active():
+        with self._cuda_errors, engine.active():
             order = self._begin(engine, framework, None, async_finish, [x, topk_idx, topk_weights])
             out_view = given_out or self._allocate(framework, order)(out_shape, BFLOAT16)
             request = LowLatencyCombineRequest(
@@ -313,7 +315,7 @@ class LowLatencyCalls:
         engine = self._open()
         _, shape = self._open_handle(handle)
         framework = writable_framework(framework_of(handle[0], "handle[0]"), self._place.device)
-        with engine.active():
+        with self._cuda_errors, engine.active():
             return framework.finish(engine.next_combine_buffer(shape))
 
     def clean_low_latency_buffer(
@@ -340,7 +342,7 @@ class LowLatencyCalls:
         if status is None:
             raise InvalidArgument("mask_status is None; pass a [num_ranks] int32 array to write.")
         framework = framework_of(mask_status, "mask_status")
-        with engine.active():
+        with self._cuda_errors, engine.active():
             order = self._begin(engine, framework, None, False, [])
             engine.copy_masks(status)
             self._end(engine, framework, order, mask_status)
@@ -351,7 +353,7 @@ class LowLatencyCalls:
         self._set_masked(engine, range(self.group_size), False)
 
     def _set_masked(self, engine: Engine, ranks: Sequence[int], is_masked: bool) -> None:
-        with engine.active():
+        with self._cuda_errors, engine.active():
             for rank in ranks:
                 engine.set_masked(rank, is_masked)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from epcomm.buffer import Buffer
+from epcomm.buffer import Buffer, engine_and_gpu
 from epcomm.errors import ClosedError
 from epcomm.group import is_rank_thread
 
@@ -58,6 +58,7 @@ class OneBuffer:
             and buffer.num_rdma_bytes >= num_rdma_bytes
         ):
             return buffer
+        engine_and_gpu(engine, device)  # what is refused leaves the Buffer as it is
         if buffer is not None:
             buffer.destroy()
         buffer = Buffer(

@@ -11,7 +11,7 @@ import weakref
 from typing import Any
 
 from epcomm.buffer import Buffer
-from epcomm.errors import ClosedError
+from epcomm.errors import ClosedError, InvalidArgument, kind_of
 from epcomm.events import EventOverlap
 from epcomm.group import as_group
 from epcomm.handle import DispatchHandle
@@ -28,7 +28,12 @@ def get_hidden_bytes(x: Any) -> int:
         x: ``[num_tokens, hidden]``, or a pair of which the first is that. One-byte data counts
             two bytes an element, because combine brings it back as 16-bit rows.
     """
-    data = x[0] if isinstance(x, tuple | list) else x
+    data = x[0] if isinstance(x, tuple | list) and len(x) == 2 else x
+    if len(getattr(data, "shape", ())) != 2:
+        raise InvalidArgument(
+            f"x is {kind_of(x)}; it must be an array [num_tokens, hidden], or a pair of which the "
+            "first is that."
+        )
     return int(data.shape[1]) * max(int(data.dtype.itemsize), 2)
 
 
@@ -176,6 +181,10 @@ def combine_backward(
 
 
 def _buffer_of(handle: DispatchHandle) -> Buffer:
+    if not isinstance(handle, DispatchHandle):
+        raise InvalidArgument(
+            f"handle is {kind_of(handle)}; pass the handle that dispatch_forward returned."
+        )
     buffer = _by_id.get(handle.buffer_id)
     if buffer is None:
         raise ClosedError("the handle's Buffer is gone; pass a handle of the Buffer in use.")

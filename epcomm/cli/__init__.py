@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return plan.run(args)
     if args.threads is not None and is_mpi_rank():
         parser.error("--threads makes ranks of this process, and mpiexec started ranks; pass one.")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads is {args.threads}; it must be 1 or more.")
     return max(run_on_ranks(lambda group: demo.run(args, group), args.threads))
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from epcomm import Buffer, Config, InvalidArgument, run_threads, training
+from epcomm import Buffer, Config, InvalidArgument, env, run_threads, training
 from epcomm.config import DEFAULT_MAX_TOKENS
 
 pytestmark = pytest.mark.timeout(60)
@@ -85,6 +85,14 @@ def test_hint_grows_with_each_of_its_arguments() -> None:
     assert hint(32, 2) > hint(16, 2)
     assert hint(16, 3) > hint(16, 2)
     assert hint(16, 2, num_max_tokens=9) > hint(16, 2, num_max_tokens=8)
+
+
+def test_hint_is_that_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of other nodes have no slots in a slab."""
+    hint = Config().get_nvl_buffer_size_hint
+    assert hint(14336, 7) < hint(14336, 8) == hint(14336, 64) == hint(14336, 256)
+    monkeypatch.setattr(env, "settings", lambda: env.Settings(ranks_per_node=2))
+    assert hint(14336, 1) < hint(14336, 2) == hint(14336, 4)
 
 
 def test_hint_takes_tokens_by_name_only() -> None:

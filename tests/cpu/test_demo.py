@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from launch import ROOT, Result
 
-from epcomm import env
+from epcomm import cli, env
 from epcomm.cli import blas, demo, exchange, plot, report, text
 from epcomm.cli.moe_model import (
     Adam,
@@ -181,6 +181,11 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestArguments:
+    def test_no_threads_at_all(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["demo", "--threads", "0"])
+        assert "--threads is 0; it must be 1 or more" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [

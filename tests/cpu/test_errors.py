@@ -24,6 +24,7 @@ from epcomm import (
     ClosedError,
     CommTimeout,
     Config,
+    CudaError,
     EpcommError,
     EventOverlap,
     InvalidArgument,
@@ -34,6 +35,7 @@ from epcomm import (
     decoding,
     env,
     errors,
+    gpus,
     run_threads,
     training,
 )
@@ -207,6 +209,20 @@ STATIC = [
         "rdma-hint", lambda r: Config().get_rdma_buffer_size_hint(-1, 2), "hidden_bytes is -1", "1"
     ),
     refused(
+        "hidden-bytes-1d",
+        lambda r: training.get_hidden_bytes(r.x[0]),
+        *("x is a ndarray", "[num_tokens, hidden]"),
+    ),
+    refused("hidden-bytes-list", lambda r: training.get_hidden_bytes([]), "x is a list", "pair"),
+    refused(
+        "training-handle", lambda r: training.combine_forward(r.x, None), "handle is None", "pass"
+    ),
+    refused(
+        "decoding-hidden",
+        lambda r: decoding.get_buffer(r.group, MAX, 200, E),
+        *("hidden is 200", "a multiple of 128", "use_fp8=False"),
+    ),
+    refused(
         "ll-hint-tokens",
         lambda r: Buffer.get_low_latency_rdma_size_hint(0, H, 2, E),
         *("num_max_dispatch_tokens_per_rank is 0", "at least 1"),
@@ -242,6 +258,11 @@ EVENTS = [
             f"{call}-event",
             lambda r, call=call: getattr(r, call)(previous_event=3),
             *("previous_event is a int", "EventOverlap", "Buffer.capture()"),
+        ),
+        refused(
+            f"{call}-event-of-another-kind",
+            lambda r, call=call: getattr(r, call)(previous_event=EventOverlap(object())),
+            *("previous_event holds a object", "EventHandle", "Buffer.capture()"),
         ),
         refused(
             f"{call}-allocate",
@@ -753,6 +774,11 @@ SLAB_AND_MASK = [
         *("size [1099511627776] of float32 from byte 0", "the slab's", "num_nvl_bytes"),
     ),
     refused(
+        "local-size-of-no-integer",
+        lambda r: r.buffer.get_local_buffer_tensor(np.float32, (2.5,)),
+        *("size is 2.5", "whole number"),
+    ),
+    refused(
         "local-offset",
         lambda r: r.buffer.get_local_buffer_tensor(np.float32, (1,), offset=2),
         *("from byte 2", "multiple of 4"),
@@ -765,7 +791,7 @@ SLAB_AND_MASK = [
     refused(
         "local-negative",
         lambda r: r.buffer.get_local_buffer_tensor(np.uint8, (-1,)),
-        *("size [-1] of uint8", "the slab's"),
+        *("size is -1", "at least 0"),
     ),
     refused(
         "local-offset-negative",
@@ -1048,6 +1074,53 @@ def test_training_of_a_thread_never_takes_the_buffer_of_the_process() -> None:
         test_training_and_decoding_without_a_buffer()
     finally:
         buffer.destroy()
+
+
+@pytest.mark.parametrize("wrong", [{"engine": "gpu"}, {"device": -1}], ids=["engine", "device"])
+def test_a_refused_get_buffer_leaves_the_buffer_as_it_is(
+    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With or without GPUs: one is said to be there, which nobody uses.
+    monkeypatch.setattr("epcomm.buffer.find_num_gpus", lambda: 1)
+
+    def fn(group: Any) -> None:
+        for get in (
+            lambda **place: training.get_buffer(group, 64, **place),
+            lambda **place: decoding.get_buffer(group, MAX, H, E, **place),
+        ):
+            buffer = get(engine="host")
+            with pytest.raises(InvalidArgument):
+                get(**wrong)
+            assert get(engine="host") is buffer
+            common.check_round(buffer, seed=5)
+            buffer.destroy()
+
+    run_threads(fn, NUM_RANKS)
+
+
+def test_a_failed_call_of_cuda_is_an_error_of_epcomm(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CUDARuntimeError(RuntimeError):
+        """What CuPy would raise."""
+
+    def fail(*args: Any) -> None:
+        raise CUDARuntimeError("cudaErrorLaunchFailure: unspecified launch failure")
+
+    monkeypatch.setattr(gpus, "cuda_error_types", lambda: (CUDARuntimeError,))
+    buffer = Buffer(SingleGroup(), engine="host")
+    for name in ("dispatch", "low_latency_dispatch"):
+        monkeypatch.setattr(buffer._engine, name, fail)
+    x, idx = zeros(2, 128, dtype=BF16), zeros(2, 1, dtype=np.int64)
+    for call in (
+        lambda: buffer.dispatch(x, topk_idx=idx, topk_weights=zeros(2, 1), num_experts=1),
+        lambda: buffer.low_latency_dispatch(x, idx, 2, 1),
+    ):
+        with pytest.raises(
+            CudaError, match="rank 0: CUDA failed: cudaErrorLaunchFailure"
+        ) as caught:
+            call()
+        assert isinstance(caught.value.__cause__, CUDARuntimeError)
+    monkeypatch.undo()
+    buffer.destroy()
 
 
 def test_training_with_a_handle_of_a_buffer_that_is_gone() -> None:

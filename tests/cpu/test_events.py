@@ -11,6 +11,8 @@ import pytest
 from ranks import fail_common as common
 
 from epcomm import Buffer, EventHandle, EventOverlap, SingleGroup
+from epcomm.engines.base import StreamOrder
+from epcomm.frameworks.numpy import NumpyFramework
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -122,6 +124,26 @@ def test_all_stream_arguments_together(buffer: Buffer) -> None:
     for previous in (EventOverlap(), Buffer.capture()):
         for event in events_of(buffer, previous_event=previous, **options).values():
             assert isinstance(event.event, EventHandle)
+
+
+@pytest.mark.parametrize("tracks_streams", [True, False])
+def test_an_empty_previous_event_is_none(
+    buffer: Buffer, tracks_streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that is not asynchronous gives one: what made its arrays is on the current stream."""
+    monkeypatch.setattr(NumpyFramework, "tracks_streams", tracks_streams)
+    orders: list[StreamOrder] = []
+    monkeypatch.setattr(buffer._engine, "begin", orders.append)
+    for previous, waits in (
+        (None, True),
+        (EventOverlap(), True),
+        (Buffer.capture(), not tracks_streams),
+    ):
+        orders.clear()
+        events_of(buffer, previous_event=previous, async_finish=True)
+        assert [order.waits_for_current for order in orders] == [waits] * 4
+        wanted = None if previous is None else previous.event
+        assert all(order.previous_event is wanted for order in orders)
 
 
 def test_previous_event_without_async(buffer: Buffer) -> None:
