@@ -586,6 +586,10 @@ def engine_and_gpu(engine: str | None, device: Any) -> tuple[str, int | None]:
 
     Returns:
         The engine's name; the GPU's number, None where none was named.
+
+    Raises:
+        InvalidArgument: There is no such engine or GPU.
+        UnsupportedConfig: This machine cannot serve it.
     """
     name = choose_engine(arguments.engine_name(engine or env.settings().engine))
     return name, None if device is None else _gpu_number(device)

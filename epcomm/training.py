@@ -27,12 +27,16 @@ def get_hidden_bytes(x: Any) -> int:
     Args:
         x: ``[num_tokens, hidden]``, or a pair of which the first is that. One-byte data counts
             two bytes an element, because combine brings it back as 16-bit rows.
+
+    Raises:
+        InvalidArgument: It is neither.
     """
     data = x[0] if isinstance(x, tuple | list) and len(x) == 2 else x
-    if len(getattr(data, "shape", ())) != 2:
+    shape = getattr(data, "shape", ())
+    if len(shape) != 2:
         raise InvalidArgument(
-            f"x is {kind_of(x)}; it must be an array [num_tokens, hidden], or a pair of which the "
-            "first is that."
+            f"x is {kind_of(x)} of shape {list(shape)}; it must be an array [num_tokens, hidden], "
+            "or a pair of which the first is that. Pass what dispatch_forward gets."
         )
     return int(data.shape[1]) * max(int(data.dtype.itemsize), 2)
 

@@ -211,7 +211,7 @@ STATIC = [
     refused(
         "hidden-bytes-1d",
         lambda r: training.get_hidden_bytes(r.x[0]),
-        *("x is a ndarray", "[num_tokens, hidden]"),
+        *("x is a ndarray of shape [1024]", "[num_tokens, hidden]"),
     ),
     refused("hidden-bytes-list", lambda r: training.get_hidden_bytes([]), "x is a list", "pair"),
     refused(
